@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -61,12 +60,6 @@ def test_the_page_of_models_is_the_one_that_their_shapes_give(tmp_path: Path) ->
     assert (tmp_path / "model.md").read_text() == (ROOT / "docs" / "model.md").read_text()
 
 
-def test_the_page_of_performance_names_the_options_that_were_not_the_defaults() -> None:
-    assert performance.command("stack landing", landings=5) == "`stack landing`"
-    told = performance.command("commands cells", measurements=2, rows=600, seeds=7)
-    assert told == "`commands cells --measurements 2 --seeds 7`"
-
-
 def test_three_values_have_a_range_and_prove_nothing_on_either_side_of_a_limit() -> None:
     interval = (1.5, -0.25, 1.75)
     assert performance.spread(interval, 3, 2) == "range of 3: −0.25 to 1.75"
@@ -82,15 +75,3 @@ def test_three_values_have_a_range_and_prove_nothing_on_either_side_of_a_limit()
         (1, 20): "reached",
         (2, 20): "reached",
     }
-
-
-def test_a_figure_that_is_no_longer_reached_is_said_to_be_missed(tmp_path: Path) -> None:
-    shutil.copytree(RESULTS, tmp_path / "results")
-    stored = tmp_path / "results" / "command_start.json"
-    result = json.loads(stored.read_text())
-    for seconds, word in ((0.4, "reached"), (0.6, "**missed**")):
-        result["median_processor_seconds"]["help"] = seconds
-        stored.write_text(json.dumps(result))
-        performance.main(results=tmp_path / "results", page=tmp_path / "performance.md")
-        (line,) = [line for line in (tmp_path / "performance.md").read_text().splitlines() if "`deal --help`" in line]
-        assert f"{seconds:.2f} s" in line and f"| {word} |" in line

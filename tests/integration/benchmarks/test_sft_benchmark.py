@@ -2,36 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from pathlib import Path
-from typing import NoReturn
 
-import pytest
-import typer
 from datasets import disable_progress_bars
 from transformers import AutoTokenizer
 
-from benchmarks.speed.sft_trainer import compare, encode, example_task, find_trl, fitting
+from benchmarks.speed.sft_trainer import compare, encode, example_task, fitting
 from deal_core.config import TrainConfig
-
-
-def test_a_machine_without_trl_is_told_what_installs_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def missing(name: str) -> NoReturn:
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", missing)
-    with pytest.raises(typer.Exit):
-        find_trl()
-    assert "pip install --editable '.[benchmarks]'" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["bank", "clinic", "parcels"])
-def test_examples_are_read_whole(name: str) -> None:
-    task = example_task(name)
-    assert (len(task.train), len(task.test)) == (72, 36)
-    assert {row["output"] for row in (*task.train, *task.test)} == set(task.schema.labels)
 
 
 def test_rows_that_a_trainer_would_cut_are_left_out(tiny_base: Path) -> None:

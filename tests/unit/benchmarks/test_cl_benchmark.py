@@ -9,7 +9,6 @@ import pytest
 
 from benchmarks.cl_benchmark import convert
 from deal_core.benchmark.suites import digest_of, load_suite
-from deal_core.errors import DataValidationError
 
 ROWS = [{"sentence": f"text {i}", "label": "ab"[i % 2]} for i in range(10)]
 
@@ -42,17 +41,3 @@ def test_the_digest_is_that_of_the_stored_cells_which_read_the_layout_itself(
     convert(cl_benchmark, tmp_path / "out")
     digest = digest_of(load_suite(tmp_path / "out", ("agnews",)))
     assert digest == "8bdf731cecdab8cc67ee95f30ef7beaba7575b60c211a817543b805fd8980e6c"
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('[\n{"sentence": "x", "label": "a"},\n', r"train\.json is a JSON list .*\(line 3: .*; correct"),
-        ('[{"sentence": "x", "label": "a"}, {"label": "a"}]', r"Row 2 .*train\.json lacks 'sentence' or 'label'"),
-        ("[1]", r"begins with|Row 1 .*train\.json cannot be read"),
-    ],
-)
-def test_a_broken_file_is_named(content: str, message: str, cl_benchmark: Path, tmp_path: Path) -> None:
-    (cl_benchmark / "TC" / "agnews" / "train.json").write_text(content)
-    with pytest.raises(DataValidationError, match=message):
-        convert(cl_benchmark, tmp_path / "out")

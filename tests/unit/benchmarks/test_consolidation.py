@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from benchmarks.consolidation import figures_of
 
 TRAIN = {"num_epochs": 3, "max_steps": None, "batch_size": 8, "gradient_accumulation_steps": 1}
@@ -34,7 +32,6 @@ ADAPT = cell("deal", ("a", 6, {"a": "1111"}), ("b", 6, {"a": "1000", "b": "1110"
 CONSOLIDATED = cell(
     "deal", ("a", 6, {"a": "1111"}), ("b", 6, {"a": "1000", "b": "1110"}), (None, 12, {"a": "1110", "b": "1110"})
 )
-RETRAIN = cell("joint", (None, 12, {"a": "1111", "b": "1111"}))
 
 
 def test_a_step_of_a_later_arrival_reads_rehearsed_rows_too() -> None:
@@ -47,10 +44,3 @@ def test_a_consolidation_adds_its_steps_and_no_rehearsed_rows_and_repays_debts()
     figures = figures_of("every-5", [CONSOLIDATED], [ADAPT])
     assert (figures.steps, figures.rows) == (24, 24 * 8 + 6 * 4)
     assert figures.largest_debt == 25.0 and figures.difference is not None and figures.difference[0] == 25.0
-
-
-def test_retraining_learns_the_first_task_and_then_both() -> None:
-    figures = figures_of("retrain", [RETRAIN], [ADAPT])
-    assert (figures.steps, figures.rows) == (6 + 12, 18 * 8)
-    assert figures.largest_debt is None and figures.difference is not None
-    assert figures.difference[0] == pytest.approx(50.0)

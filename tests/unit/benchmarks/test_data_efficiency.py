@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from benchmarks.data_efficiency import ALL, RANDOM, main, tables
 from deal_core.benchmark.cell import revision_of, settings_read
@@ -57,19 +54,6 @@ def test_an_option_is_compared_with_random_rows_and_with_all_rows():
     assert {name: found[0] for name, found in chosen["against"].items()} == {RANDOM: 25, ALL: -25}
     assert set(lines[RANDOM]["against"]) == {ALL} and lines[ALL]["rows"] == 300
     assert (lines[ALL]["seconds"], chosen["seconds"]) == (20, 35), "ten steps; 300 rows are read before"
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        cell("11110000", method=keeping(score="loss"), seed=1),
-        cell("11110000", method=keeping(score="loss"), learning_rate=0.1),
-        cell("11110000", method=MethodConfig(**{**asdict(keeping(score="loss")), "rehearsal": {"rows": 0}})),
-    ],
-    ids=["seed", "rate", "method"],
-)
-def test_cells_that_differ_in_more_than_the_option_are_not_compared(other: dict[str, Any]):
-    assert tables([cell("11000000", method=keeping()), other], MEASURED) == []
 
 
 def test_the_page_is_the_one_that_the_stored_results_give(tmp_path: Path):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
-from benchmarks.stored_cells import FIXED, Memory, in_full, name_of_memory, read_stored_cells, with_memory
-from benchmarks.tables import departures, protocols
+from benchmarks.stored_cells import Memory, in_full, name_of_memory, read_stored_cells, with_memory
+from benchmarks.tables import departures
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.errors import DataValidationError
 
@@ -38,28 +38,6 @@ def test_what_an_old_cell_left_out_is_what_it_was_then() -> None:
     assert in_full(said)["train"]["schedule"] == "linear" and in_full(said)["prompt"] == "chat"
 
 
-def test_a_setting_that_is_gone_stays_where_it_changed_something() -> None:
-    method = {"rehearsal.texts": "own", "deal.recycle": True, "deal.project": False}
-    full = in_full({**OLD, "train": {"prompt_loss_weight": 0.5}, "method": method})
-    assert "deal.recycle" not in full["method"] and full["method"]["deal.project"] is False
-    assert full["train"]["prompt_loss_weight"] == 0.5
-    assert "prompt_loss_weight" not in in_full({**OLD, "train": {"prompt_loss_weight": 0.0}})["train"]
-
-
-def test_a_cell_without_the_settings_that_are_gone_shares_a_table_with_cells_that_say_them(tmp_path: Path) -> None:
-    cells = read_stored_cells(RESULTS / "continual")
-    cell = next(cell for cell in cells if cell["settings"]["strategy"] == "deal")
-    said = cell["settings"]["train"]
-    shorter = {name: value for name, value in said.items() if name not in FIXED}
-    for seed, train in enumerate((said, shorter, {**said, "min_steps": 77})):
-        settings = {**cell["settings"], "seed": seed, "train": train}
-        (tmp_path / f"deal-{seed}.json").write_text(json.dumps({**cell, "settings": settings}))
-    then, today, other = read_stored_cells(tmp_path)
-    assert then["settings"]["train"] == today["settings"]["train"] == said
-    assert other["settings"]["train"]["min_steps"] == 77
-    assert [len(table.cells) for table in protocols([then, today, other])] == [2, 1]
-
-
 @pytest.mark.parametrize(
     ("said", "memory"),
     [
@@ -78,22 +56,6 @@ def test_what_a_cell_says_of_its_rehearsal_is_read_as_its_memory(said: dict[str,
     assert "memory" not in with_memory("replay", then), "it is a setting of `deal`"
     cell = {"settings": {"strategy": "deal", "method": other, "train": {}, "revision": 3}}
     assert departures(cell) == f"{name_of_memory(memory)}, rehearsal.rows_per_step 8, deal.energy 0.5"
-
-
-def test_a_rehearsal_that_no_memory_stood_for_is_said_as_it_was() -> None:
-    method = {"rehearsal.texts": "both", "rehearsal.stored_share": 0.2}
-    assert with_memory("deal", method) == method
-    assert with_memory("deal", {"rehearsal.texts": "none"}) == {"rehearsal.texts": "none"}
-    today = {"rehearsal.rows": 50, "rehearsal.per_step": 4}
-    assert with_memory("deal", today) == today, "a cell of this release"
-
-
-def test_stored_cells_of_deal_say_their_memory_and_no_cell_is_taken_for_one_that_keeps_rows() -> None:
-    cells = [cell for cell in read_stored_cells(RESULTS / "continual") if cell["settings"]["strategy"] == "deal"]
-    earlier = [cell for cell in cells if "rehearsal.rows" not in cell["settings"]["method"]]
-    memories = {cell["settings"]["method"].get("memory") for cell in earlier}
-    assert {*get_args(Memory)} <= memories and len(earlier) > 20
-    assert all(departures(cell) for cell in earlier), "today's defaults have no name"
 
 
 def test_a_cell_of_an_unknown_version_is_refused(tmp_path: Path) -> None:

@@ -105,20 +105,6 @@ def test_every_field_that_does_not_fit_is_named() -> None:
         TrainConfig(num_epochs=0, batch_size="8")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"rows": True}, "rows is True; give a whole number"),
-        ({"rows": 0}, "rows is 0; give at least 1"),
-        ({"seeds": ["1"]}, "seeds.0 is '1'; give a whole number"),
-        ({"max_test_rows": 1.5}, "max_test_rows is 1.5; give a whole number"),
-    ],
-)
-def test_a_benchmarks_numbers_are_numbers(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        parse(BenchmarkSpec, {"data": "x", **values}, "options")
-
-
 @pytest.mark.parametrize("seed", [-1, MAX_SEED + 1])
 def test_every_seed_has_one_bound(seed: int) -> None:
     for make in (lambda: TrainConfig(seed=seed), lambda: parse(BenchmarkSpec, {"data": "x", "seeds": [seed]}, "b")):

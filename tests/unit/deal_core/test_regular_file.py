@@ -62,13 +62,6 @@ def test_a_fifo_that_takes_the_files_place_is_refused(tmp_path: Path, monkeypatc
         open_regular(path)
 
 
-def test_folders_and_missing_files_are_what_they_were(tmp_path: Path) -> None:
-    with pytest.raises(IsADirectoryError):
-        open_regular(tmp_path)
-    with pytest.raises(FileNotFoundError):
-        open_regular(tmp_path / "none")
-
-
 def test_a_link_to_a_regular_file_is_read_and_only_its_start_where_asked(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abcdef")
     (tmp_path / "b").symlink_to("a")

@@ -30,12 +30,3 @@ def test_a_head_finds_a_linear_rule(bound: str):
     labels = ["up" if value > 0 else "down" for value in (points_ND[:, 0] - points_ND[:, 1]).tolist()]
     answers = answer_by_head(bound, points_ND[:150], labels[:150], points_ND[150:], ("up", "down"))
     assert sum(map(str.__eq__, answers, labels[150:])) >= (40 if bound == "knn" else 45)
-
-
-def test_a_task_with_one_label_has_a_constant_answer():
-    assert answer_by_head("knn", torch.zeros(3, 2), ["up"] * 3, torch.ones(2, 2), ("up", "down")) == ["up", "up"]
-
-
-def test_two_near_rows_outvote_three_far_ones():
-    rows_ND = torch.cat([torch.zeros(2, 3), torch.ones(3, 3)])
-    assert answer_by_head("knn", rows_ND, ["near"] * 2 + ["far"] * 3, torch.full((1, 3), 0.01), ()) == ["near"]

@@ -32,22 +32,6 @@ def test_a_lead_is_over_the_common_seeds_in_points():
     assert lead(protocol(*ours), "deal_without", "rival") is None
 
 
-def test_a_lead_says_that_it_is_of_two_processors():
-    theirs = cell("1000", strategy="rival") | {"perplexity": {"base": 30.2}}
-    found = lead(protocol(cell("1110"), theirs), "deal_without", "rival")
-    assert found is not None and not found["is_of_one_processor"]
-
-
-def test_points_of_cells_in_another_order_are_those_of_the_version_that_learned_the_task():
-    other = cell("1110")
-    other["settings"]["tasks"] = ["agnews", "yahoo"]
-    other["versions"] = [
-        {"scores": {task: {"correct": each} for task, each in one.items()}}
-        for one in ({"agnews": "11"}, {"yahoo": "1100", "agnews": "10"})
-    ]
-    assert points_of([cell("1110"), other]) == {"yahoo": (75.0, 62.5), "agnews": (75.0, 50.0)}
-
-
 def test_points_are_means_over_cells_right_after_learning_and_in_the_end():
     assert points_of([cell("1110"), cell("1000", seed=1, first="1100")]) == {
         "yahoo": (75.0, 50.0),

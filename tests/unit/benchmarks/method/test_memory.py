@@ -12,12 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.method import memory
-from benchmarks.method.memory import ORDERS, PARTS, Arm, app, figures_of, give_kept_rows, read_tasks, tempered_nll
+from benchmarks.method.memory import ORDERS, PARTS, app, figures_of, give_kept_rows, read_tasks
 from benchmarks.tiny_tasks import write_tasks
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.adapter.state import load_method_state
 from deal_core.base_model.load import BaseModel, load_base
-from deal_core.method_config import DealConfig
 from deal_core.strategies.kept_rows import rows_name, unpack
 
 NAMES = ("colours", "sizes", "shapes")
@@ -92,8 +91,7 @@ def test_a_fork_with_its_chains_settings_is_the_chains_last_version(run: Run, tm
     run("fork", chain=chain, arm="deal", kept=2)
     last = weights(tmp_path, chain, "2")
     assert weights(tmp_path, "fork-1-102-deal-2-of-102-deal-2", "2") == last
-    others = [("deal", 2, 103), ("deal", 0, 102), ("deal", 4, 102), ("deal-labels", 2, 102)]
-    others += [("free", 2, 102), ("replay", 2, 102), ("replay-slow", 2, 102)]
+    others = [("deal", 2, 103), ("deal", 4, 102), ("replay", 2, 102)]
     forks = {last: ["the chain"]}
     for arm, kept, seed in others:
         run("fork", chain=chain, arm=arm, kept=kept, seed=seed)
@@ -104,16 +102,6 @@ def test_a_fork_with_its_chains_settings_is_the_chains_last_version(run: Run, tm
     assert cell["settings"]["parent"]["seed"] == 102 and cell["settings"]["seed"] == 103
     assert (figures := figures_of(cell)) is not None and figures.learned is None
     assert "fork-1-103-deal-2-of-102-deal-2" in run("score")
-
-
-def test_with_a_free_core_and_labels_alone_deal_is_replay(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    free_labels = Arm(strategy="deal_labels", core=DealConfig(core="free"))
-    monkeypatch.setitem(memory.ARMS, "free-labels", free_labels)
-    run("chain", arm="replay", kept=2)
-    run("chain", arm="free-labels", kept=2)
-    assert weights(tmp_path, "chain-1-102-free-labels-2", "2") == weights(tmp_path, "chain-1-102-replay-2", "2")
 
 
 def test_kept_rows_that_are_given_are_those_of_the_chain_and_fewer_are_the_first_of_more(
@@ -151,18 +139,6 @@ def test_figures_are_over_the_judged_tasks_and_the_parts_that_are_asked_for(run:
     assert both.perplexity == pytest.approx(cell["perplexity"]["adapted"] / cell["perplexity"]["base"])
     del last["colours-unused"]
     assert figures_of(cell) is None and figures_of(cell, ["dev"]) is not None
-
-
-def test_a_temperature_and_a_bias_per_label_do_not_change_what_is_known() -> None:
-    generator = np.random.default_rng(0)
-    targets_N = generator.integers(0, 3, 400)
-    scores_NL = generator.normal(size=(400, 3)) + 1.5 * np.eye(3)[targets_N]
-    log_probs_NL = scores_NL - np.log(np.exp(scores_NL).sum(1, keepdims=True))
-    known = tempered_nll(log_probs_NL, targets_N)
-    assert tempered_nll(3 * log_probs_NL + [0.0, 2.0, -1.0], targets_N) == pytest.approx(known, abs=0.01)
-    assert tempered_nll(np.zeros((400, 3)), targets_N) == pytest.approx(np.log(3), abs=0.02)
-    rare_N = np.where(np.arange(400) == 1, 2, targets_N % 2)
-    assert np.isfinite(tempered_nll(log_probs_NL, rare_N)), "a label that only one half has"
 
 
 def test_scored_rows_are_never_learned_and_the_parts_share_none() -> None:

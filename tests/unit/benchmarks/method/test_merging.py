@@ -18,13 +18,6 @@ def delta(pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     return pair[1] @ pair[0]
 
 
-def test_copies_of_a_version_are_the_version():
-    one = factors(0)
-    merged, cut_off = weighted([one, one, one], [1 / 3] * 3)
-    torch.testing.assert_close(delta(merged), delta(one), rtol=1e-4, atol=1e-5)
-    assert cut_off == pytest.approx(0, abs=1e-6) and merged[0].shape == one[0].shape
-
-
 def test_what_fits_the_rank_is_summed_exactly_in_any_order():
     pairs = [
         tuple(

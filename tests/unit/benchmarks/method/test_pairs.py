@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.method.kept_labels import figures, kept_of
+from benchmarks.method.kept_labels import kept_of
 from benchmarks.method.pairs import CELLS, OUT, compare, main, pairs_of
 
 
@@ -60,12 +60,6 @@ def test_kept_labels_are_those_of_the_rows_that_the_method_keeps():
     stored = {"rehearsal.texts": "stored", "rehearsal.stored_share": 0.2}
     assert kept_of(stored, rows, 2).total() == 30
     assert kept_of({"rehearsal.rows": 50, "rehearsal.per_step": 4}, rows, 2).total() == 38, "a cell of this release"
-
-
-def test_labels_that_are_kept_too_often_and_answered_too_often_correlate():
-    found = figures([(-0.1, -0.2), (0.1, 0.2), (0.0, 0.01), (0.05, 0.08)])
-    assert found["correlation"] > 0.99 and found["slope"] == pytest.approx(2.0, abs=0.1)
-    assert found["low"] < found["correlation"] < found["high"] and found["num_labels"] == 4
 
 
 def test_stored_pairs_are_those_of_the_stored_cells(tmp_path: Path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ from datasets import Dataset
 from scipy.special import softmax
 
 from benchmarks.method.recentre import recentre_adapter
-from deal_core.adapter.files import digests_of
 from deal_core.adapter.state import adapter_on
 from deal_core.config import TrainConfig
 from deal_core.evaluation.label_scores import label_scores
@@ -49,19 +47,3 @@ def test_a_favoured_label_is_unlearned_on_other_texts_too(base, task, rows, favo
     after = shares(base, task, favours_red, others)
     assert before[0] / before[1] > 2 * after[0] / after[1]
     assert note == "re-centred the labels of 1 tasks in 40 steps"
-
-
-def test_what_the_strategy_keeps_stays(base, task, rows, parent, train):
-    kept = train("replay", parent).folder
-    before = digests_of(kept)
-    recentre_adapter(base, kept, [texts_of(task, rows(12, first=1000))], CLOSING, 2)
-    after = digests_of(kept)
-    assert {name for name in before if before[name] != after[name]} == {"adapter_model.safetensors"}
-
-
-def test_without_steps_labels_or_texts_nothing_changes(base, task, rows, parent):
-    before, texts = digests_of(parent), texts_of(task, rows(12, first=1000))
-    assert recentre_adapter(base, parent, [texts], CLOSING, 0) == ()
-    without = [replace(texts, task=replace(task, labels=())), replace(texts, rows=texts.rows.select([]))]
-    assert recentre_adapter(base, parent, without, CLOSING, 2) == ()
-    assert digests_of(parent) == before

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ from deal_core.evaluation.generation import answer_inputs
 from deal_core.evaluation.likelihood import measure
 from deal_core.method_config import SelectionConfig
 from deal_core.selection import check_score, score_class
-from deal_core.selection.choose import pick_rows
 from deal_core.selection.score import Candidates
 from tests.unit.deal_core.conftest import as_served
 
@@ -29,25 +27,6 @@ pytestmark = pytest.mark.nightly
 
 TRAIN = TrainConfig(max_prompt_tokens=64)
 LIMITS = {"max_prompt_tokens": TRAIN.max_prompt_tokens, "max_answer_tokens": 50}
-SCORES = ["length", "loss", "difficulty", "errors", "gradient"]
-
-
-def test_every_score_is_a_finite_number_per_row_with_labels_and_without(base, half_learned, task, rows):
-    for kind in (task, replace(task, labels=(), format="completion", metric="rouge_l")):
-        with adapter_on(base.model, half_learned) as model:
-            measured = measure(model, base.tokenizer, kind, rows(12), **LIMITS)
-        candidates = Candidates(rows=rows(12), task=kind, measured=measured, seed=0)
-        for name in SCORES:
-            score, again = (score_class(name)().score(candidates) for _ in range(2))
-            assert score.shape == (12,) and score.isfinite().all() and torch.equal(score, again)
-
-
-def test_difficulty_says_how_many_rows_are_undecided(base, half_learned, task, rows):
-    with adapter_on(base.model, half_learned) as model:
-        measured = measure(model, base.tokenizer, task, rows(40), **LIMITS)
-    (note,) = score_class("difficulty")().notes(Candidates(rows=rows(40), task=task, measured=measured, seed=0))
-    number = sum(0.1 < float(rate) < 0.9 for rate in failure_rate(measured))
-    assert note.startswith(f"{number} rows that were read have a difficulty between 0.1 and 0.9; the others")
 
 
 def test_options_that_a_score_does_not_take_are_named() -> None:
@@ -70,22 +49,6 @@ def numbered(numbers: Sequence[int], options: Mapping[str, Any], seed: int = 0) 
     return score_class("length")(options).score(Candidates(rows=rows, task=task, measured=None, seed=seed))
 
 
-def test_low_takes_the_other_end() -> None:
-    numbers = [3, 1, 2]
-    high, low = (numbered(numbers, {"pick": pick}).argsort(descending=True).tolist() for pick in ("high", "low"))
-    assert high == [0, 2, 1] and low == [1, 2, 0]
-
-
-def test_a_band_takes_its_rows_at_random_and_then_the_nearest() -> None:
-    numbers = (torch.randperm(100, generator=torch.Generator().manual_seed(3)) + 1).tolist()
-    options = {"pick": "band", "band": (0.4, 0.6)}
-    chosen = [pick_rows(numbered(numbers, options, seed), None, 10) for seed in range(10)]
-    assert all(40 < numbers[row] <= 60 for rows in chosen for row in rows)
-    assert len({tuple(rows) for rows in chosen}) == 10
-    wide = pick_rows(numbered(numbers, options), None, 40)
-    assert {numbers[row] for row in wide} == set(range(31, 71))
-
-
 def test_weighted_draws_follow_the_softmax_of_the_scores() -> None:
     options = {"pick": "weighted", "temperature": 2.0}
     firsts = torch.tensor([int(numbered([1, 2, 3], options, seed).argmax()) for seed in range(600)])
@@ -104,15 +67,6 @@ def test_errors_are_the_rows_that_a_generated_answer_gets_wrong(base, half_learn
     # a wrong row scores above 1, a right one at most 1
     disagreeing = [row for row, wrong in enumerate(is_wrong) if wrong != (float(score[row]) > 1)]
     assert len(disagreeing) <= 1
-
-
-def test_the_gradient_is_that_of_the_mean_loss(base, half_learned, task, rows):
-    with adapter_on(base.model, half_learned) as model:
-        measured = measure(model, base.tokenizer, task, rows(20), **LIMITS)
-    candidates = Candidates(rows=rows(20), task=task, measured=measured, seed=0)
-    score = score_class("gradient")().score(candidates)
-    torch.testing.assert_close(score * measured.num_tokens_N, measured.gradient_N)
-    assert ((score >= 0) & (score <= 2**0.5)).all() and len(set(score.tolist())) > 1
 
 
 def test_difficulty_is_the_rate_of_wrong_sampled_answers(base, half_learned, task, rows):

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+from transformers import AutoTokenizer
 
 from deal_core.base_model.device import bf16_instructions
-from deal_core.base_model.load import choose_dtype, load_base, quantization
+from deal_core.base_model.load import choose_dtype, load_base
 from deal_core.base_model.sources import DEFAULT_BASE, resolve_base, sha256_of_model
 from deal_core.errors import ConfigError, IntegrityError
 from tests.unit.deal_core.tiny_gguf import write_gguf
@@ -143,16 +143,6 @@ def test_a_local_folder_is_loaded_as_it_is(tiny_base: Path, tmp_path: Path) -> N
     assert not base.model.training and base.tokenizer.pad_token == "<|endoftext|>"
 
 
-def test_an_encoder_decoder_is_loaded_as_one(tiny_base: Path, tmp_path: Path) -> None:
-    folder = copy_of(tiny_base, tmp_path / "t5")
-    for file in ("config.json", "model.safetensors", "generation_config.json"):
-        (folder / file).unlink()
-    config = T5Config(vocab_size=1000, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
-    T5ForConditionalGeneration(config).save_pretrained(folder)
-    base = load_base(str(folder), tmp_path / "cache")
-    assert base.kind == "seq2seq" and base.model.config.model_type == "t5"
-
-
 def test_answers_are_greedy_whatever_the_base_advises_for_chatting(tiny_base: Path, tmp_path: Path) -> None:
     folder = copy_of(tiny_base, tmp_path / "base")
     file = folder / "generation_config.json"
@@ -245,13 +235,6 @@ def test_a_base_that_cannot_be_quantized_here_is_not_even_looked_for(quantize: s
     with pytest.raises(ConfigError, match=f"quantize is {quantize}, which needs a CUDA device"):
         load_base("no/such-model", tmp_path / "cache", quantize=quantize)
     assert not (tmp_path / "cache").exists()
-
-
-def test_quantizing_without_bitsandbytes_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs bitsandbytes; install it, .* pip install '\.\[gpu\]'"):
-        quantization("4bit", torch.bfloat16)
 
 
 def test_a_hub_id_is_served_from_the_hubs_cache(tiny_base: Path, offline_hub: Path, tmp_path: Path) -> None:

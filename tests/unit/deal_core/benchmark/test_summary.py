@@ -72,18 +72,6 @@ def test_figures_of_the_summary():
     assert "difference_points_ci95" not in deal
 
 
-def test_a_bound_says_what_it_keeps():
-    bits = [{"yahoo": "11"}, {"agnews": "11"}]
-    cells = [made("per_task", bits), made("joint", [{"yahoo": "11", "agnews": "11"}])]
-    for found in cells:
-        for version in found["versions"]:
-            version |= {"rows_per_second": 1.0, "adapter_bytes": 5}
-    rows = rows_of(cells)
-    alone, joint = rows["per_task", "any"], rows["joint", "any"]
-    assert (alone["stores"], alone["adapter_bytes"]) == ("an adapter per task", [5, 10])
-    assert (joint["stores"], joint["adapter_bytes"]) == ("all rows", [5, 5])
-
-
 def test_a_difference_is_taken_on_the_same_orders_and_seeds_alone():
     bits = [{"yahoo": "11", "agnews": "10"}, {"yahoo": "11", "agnews": "11"}]
     both = [made("deal", bits), made("deal", bits, seed=1), made("seq_lora", bits)]

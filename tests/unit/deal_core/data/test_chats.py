@@ -101,6 +101,9 @@ def test_a_chat_with_tools_keeps_what_a_template_needs() -> None:
         ({"role": "user"}, None, "not a list of messages"),
         ([{"role": "user", "content": 7}], None, "a message's role or content is missing or is not a text"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], None, "is not a text"),
+        ([], None, "roles ; wanted"),
+        (chat("Jane"), None, "roles user; wanted"),
+        ([*chat("Jane"), *chat("b"), *chat("a", "c")[1:]], None, "roles user, user, assistant; wanted"),
         (chat("Jane", "b", "c"), None, "roles user, assistant, user; wanted are system (or none), then user and"),
         ([{"role": "Jane", "content": "a"}], None, "roles (another); wanted"),
         ([*chat("Jane"), CALLING], None, "the last message calls a tool and has no text"),
@@ -151,12 +154,15 @@ def test_the_digest_of_a_chat_is_that_of_its_stored_input() -> None:
     assert plain.digest == row_digest("user", "a", "b"), "as ever"
 
 
-def test_a_question_with_tools_is_brought_into_the_stored_form() -> None:
-    assert normal_chat([*chat("a\r\nb"), CALLING, RESULT]) == [
-        *chat("a\nb"),
-        {**CALLING, "content": "", "tool_calls": [NORMAL_CALL]},
-        RESULT,
-    ]
+def test_texts_of_a_chat_are_checked_as_those_of_any_row() -> None:
+    checker = RowChecker(TaskSchema(name="t", format="chat"), Columns(format="chat", names={"messages": "m"}), 10)
+    for messages, reason in (
+        (chat("a", " "), "empty text"),
+        (chat("a" * 11, "b"), "over-long text"),
+        (chat("nul \0", "b"), "bad encoding"),
+    ):
+        (problem,) = checker.check(RawRow(1, {"m": messages}))
+        assert isinstance(problem, Problem) and problem.reason == reason
 
 
 # --- turns
@@ -257,11 +263,6 @@ def test_with_frozen_test_rows_only_their_texts_are_left_out(tmp_path: Path) -> 
 def test_the_prompt_of_a_chat_in_two_columns_is_not_learned(tmp_path: Path) -> None:
     manifest = build(tmp_path, [{"prompt": each[:-1], "completion": each[-1:]} for each in CHATS], "all")
     assert manifest.num_turns == 0 and manifest.num_train + manifest.num_test == 100
-
-
-def test_turns_are_a_matter_of_chats_only(tmp_path: Path) -> None:
-    rows = [{"prompt": f"a {i}", "completion": "b"} for i in range(50)]
-    assert build(tmp_path, rows, "all").task.assistant_turns == "last"
 
 
 @pytest.mark.parametrize("is_longest_first", [True, False])

@@ -21,7 +21,7 @@ from deal_core.data.digest_set import DigestSet
 from deal_core.data.good_rows import good_rows
 from deal_core.data.row_warnings import data_warnings, label_warnings
 from deal_core.data.rows import Row, row_digests
-from deal_core.data.schema import Contradictions, DatasetManifest, Split, TaskSchema
+from deal_core.data.schema import DatasetManifest, Split, TaskSchema
 from deal_core.data.source_files import files_at
 
 AUTO = TaskSchema(name="t", format="auto", metric="auto", assistant_turns="all")
@@ -62,12 +62,6 @@ def test_a_text_with_two_labels_is_counted_shown_and_kept(tmp_path: Path) -> Non
     assert "Each of these rows is learned, so the model learns to guess" in warning
     (numbers,) = data_warnings(manifest, include_texts=False)
     assert "lost" not in numbers and "labels: 1 (" in numbers
-
-
-def test_rows_that_agree_are_no_contradictions(tmp_path: Path) -> None:
-    manifest = manifest_of(landing(tmp_path, [*even(), *even()]))
-    assert manifest.contradictions is None and manifest.to_json()["contradictions"] is None
-    assert data_warnings(manifest, include_texts=True) == ()
 
 
 def test_without_texts_the_manifest_has_numbers_alone(tmp_path: Path) -> None:
@@ -193,27 +187,6 @@ def test_labels_with_the_separator_of_the_options_are_warned_of() -> None:
     assert "please" not in numbers
     assert label_warnings(TaskSchema(name="t", labels=labels, template="{options}: {text}"), include_texts=True)
     assert not label_warnings(TaskSchema(name="t", labels=labels, template="{text} ->"), include_texts=True)
-
-
-def test_the_warnings_are_plain_sentences() -> None:
-    found = Contradictions(num_texts=1200, num_train=2400, num_test=3)
-    for task in (TaskSchema(name="t", labels=("a, b",)), TaskSchema(name="t", format="completion")):
-        manifest = DatasetManifest(
-            task=task,
-            sha256="",
-            source="may.csv",
-            num_read=2403,
-            num_train=2400,
-            num_test=3,
-            num_rejected=0,
-            problems={},
-            split="hash",
-            landed_sha256="",
-            contradictions=found,
-        )
-        for warning in data_warnings(manifest, include_texts=False):
-            assert all(len(sentence.split()) <= 35 for sentence in warning.split(". ")), warning
-    assert "2,400 training rows, 3 test rows" in data_warnings(manifest, include_texts=False)[0]
 
 
 def test_memory_grows_by_a_digest_a_row() -> None:

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deal_core.config import DataConfig
-from deal_core.data import dataset_files
 from deal_core.data.dataset import ArrivalRefusedError, Landing, build_dataset, validate_file
 from deal_core.data.rows import MAX_EXAMPLES, row_digest, stored_input_digest
 from deal_core.data.schema import ROW_SCHEMA, DatasetManifest, TaskSchema
@@ -105,19 +105,18 @@ BAD_LINES: list[tuple[Any, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("line", "reason", "value"), BAD_LINES)
-def test_a_bad_row_is_named_with_its_number_reason_value_and_content(
-    tmp_path: Path, line: Any, reason: str, value: str
-) -> None:
-    source = write_jsonl(tmp_path / "pets.jsonl", [*GOOD, line])
-    manifest = build(source, config=DataConfig(max_text_chars=100))
-    assert (manifest.num_read, manifest.num_rejected, dict(manifest.problems)) == (101, 1, {reason: 1})
+def test_a_bad_row_is_named_with_its_number_reason_value_and_content(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "pets.jsonl", [*GOOD, *(line for line, _, _ in BAD_LINES)])
+    manifest = build(source, config=DataConfig(max_text_chars=100, max_bad_share=1.0))
+    assert (manifest.num_read, manifest.num_rejected) == (100 + len(BAD_LINES), len(BAD_LINES))
+    assert dict(manifest.problems) == Counter(reason for _, reason, _ in BAD_LINES)
     assert len(rows_of(tmp_path)) == 100
-    (entry,) = quarantine_of(tmp_path)
-    assert (entry["file"], entry["row"], entry["line"], entry["reason"]) == ("pets.jsonl", 101, 101, reason)
-    assert value in entry["value"]
-    if isinstance(line, dict):
-        assert entry["raw"] == line
+    entries = quarantine_of(tmp_path)
+    for number, (entry, (line, reason, value)) in enumerate(zip(entries, BAD_LINES, strict=True), start=101):
+        assert (entry["file"], entry["row"], entry["line"], entry["reason"]) == ("pets.jsonl", number, number, reason)
+        assert value in entry["value"]
+        if isinstance(line, dict):
+            assert entry["raw"] == line
 
 
 def test_bytes_that_are_not_utf8_can_be_had_back_from_quarantine(tmp_path: Path) -> None:
@@ -126,30 +125,9 @@ def test_bytes_that_are_not_utf8_can_be_had_back_from_quarantine(tmp_path: Path)
     assert entry["raw"]["text"].encode("utf-8", "surrogateescape") == b"caf\xe9 \\udce9"
 
 
-def test_all_problems_of_a_row_are_counted_and_the_row_once(tmp_path: Path) -> None:
-    manifest = build(write_jsonl(tmp_path / "pets.jsonl", [*GOOD, {"text": "", "label": "bird"}]))
-    assert (manifest.num_rejected, dict(manifest.problems)) == (
-        1,
-        {"empty text": 1, "label outside the task's set": 1},
-    )
-    (entry,) = quarantine_of(tmp_path)
-    assert [problem["reason"] for problem in entry["more"]] == ["label outside the task's set"]
-
-
-def test_unicode_forms_of_one_text_are_one_row(tmp_path: Path) -> None:
-    rows = [{"text": "Caf\u00e9", "label": "cat"}, {"text": "Cafe\u0301", "label": "cat"}]
-    assert dict(build(write_jsonl(tmp_path / "pets.jsonl", [*GOOD, *rows])).problems) == {"duplicate row": 1}
-
-
 def test_what_is_wrong_in_an_unused_column_costs_no_row(tmp_path: Path) -> None:
     rows = [*GOOD, b'{"text": "new", "label": "cat", "author": "Andr\xe9"}']
     assert build(write_jsonl(tmp_path / "pets.jsonl", rows)).num_rejected == 0
-
-
-def test_labels_are_stored_in_the_tasks_own_spelling(tmp_path: Path) -> None:
-    rows = [{"text": f"t{index}", "label": label} for index, label in enumerate(["dog", " DOG ", "Cat", "cat"] * 10)]
-    build(write_jsonl(tmp_path / "pets.jsonl", rows))
-    assert {row["output"] for row in rows_of(tmp_path)} == {"Dog", "cat"}
 
 
 def test_labels_of_other_types_are_taken_as_text(tmp_path: Path) -> None:
@@ -176,12 +154,10 @@ def test_labels_are_taken_from_the_arrival_by_frequency_then_name(tmp_path: Path
 def test_too_many_labels_are_an_error_that_names_some(tmp_path: Path) -> None:
     rows = [{"text": f"t{index}", "label": f"free answer {index}"} for index in range(65)]
     source = write_jsonl(tmp_path / "t.jsonl", rows)
-    with pytest.raises(
-        DataValidationError, match=r"more than 64 different labels, such as 'free answer 0'.*task\.labels"
-    ):
-        build(source, TaskSchema(name="t"), DataConfig(include_texts=True))
-    with pytest.raises(DataValidationError, match=r"more than 64 different labels; list the right ones"):
-        build(source, TaskSchema(name="t"))
+    for include_texts in (True, False):
+        with pytest.raises(DataValidationError, match="more than 64 different labels") as refused:
+            build(source, TaskSchema(name="t"), DataConfig(include_texts=include_texts))
+        assert ("free answer 0" in str(refused.value)) is include_texts
     build(write_jsonl(source, rows[:64]), TaskSchema(name="t"))
 
 
@@ -211,12 +187,6 @@ def test_a_header_that_cannot_be_read_is_told_by_its_line(tmp_path: Path, row: s
     assert "Jane" not in str(refused.value)
 
 
-def test_a_refusal_for_unknown_labels_says_how_to_add_one(tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "pets.jsonl", [{"text": f"text {number}", "label": "horse"} for number in range(9)])
-    with pytest.raises(ArrivalRefusedError, match=r"A label that is new is added to the task's labels: task\.labels"):
-        build(source, TaskSchema(name="pets", labels=("cat", "dog")), DataConfig())
-
-
 def test_good_test_rows_do_not_make_up_for_bad_training_rows(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "pets.jsonl", [*[{"text": "", "label": "cat"}] * 5, *GOOD[:5]])
     tests = write_jsonl(tmp_path / "tests.jsonl", GOOD[10:])
@@ -230,18 +200,11 @@ def test_an_arrival_is_refused_beyond_the_share_of_bad_rows_and_not_at_it(tmp_pa
     assert build(source, config=DataConfig(max_bad_share=0.2)).num_rejected == 25
     with pytest.raises(ArrivalRefusedError) as refused:
         build(source, config=DataConfig(max_bad_share=0.19))
-    told = "25 × empty text. The first: row 1 empty text: text is empty; row 2 empty text: text is empty; row 3"
-    assert told in str(refused.value), "by number"
-    with pytest.raises(ArrivalRefusedError) as refused:
-        build(source, config=DataConfig(max_bad_share=0.19, include_texts=True))
     message = str(refused.value)
     assert message.startswith(
-        "pets.jsonl: 25 of 125 rows cannot be used (20.0%, allowed are 19.0%): 25 × empty text. The first: row 1 empty "
-        "text: 'text is empty'; row 2"
+        "pets.jsonl: 25 of 125 rows cannot be used (20.0%, allowed are 19.0%): 25 × empty text. The first: row 1 "
     )
-    assert "\n" not in message
-    assert "quarantine.jsonl" in message
-    assert len(message) < 800
+    assert "\n" not in message and "quarantine.jsonl" in message and len(message) < 800
     assert len(refused.value.report.bad_rows) == MAX_EXAMPLES
     assert refused.value.report.manifest.num_rejected == 25
     assert len(quarantine_of(tmp_path)) == 25
@@ -312,13 +275,6 @@ def test_a_text_lies_on_one_side_of_the_split_whatever_its_answers(tmp_path: Pat
     assert not texts[0] & texts[1] and len(texts[0] | texts[1]) == len(GOOD)
 
 
-def test_the_share_of_test_rows_is_the_one_asked_for(tmp_path: Path) -> None:
-    rows = [{"text": f"t{index}", "label": "cat"} for index in range(4000)]
-    source = write_jsonl(tmp_path / "pets.jsonl", rows)
-    shares = [build(source, config=DataConfig(test_share=share)).num_test / 4000 for share in (0.1, 0.5)]
-    assert shares == pytest.approx([0.1, 0.5], abs=0.03)
-
-
 def test_the_rule_of_the_split_is_written_in_the_text(tmp_path: Path) -> None:
     build(write_jsonl(tmp_path / "pets.jsonl", GOOD))
     smallest = sorted(row_digest(row["text"]) for row in GOOD)[:30]
@@ -328,9 +284,7 @@ def test_the_rule_of_the_split_is_written_in_the_text(tmp_path: Path) -> None:
             assert (row_digest(row["input"]) in smallest) == (split == "test")
 
 
-@pytest.mark.parametrize(
-    ("num_rows", "num_test"), [(2, 0), (3, 1), (60, 20), (89, 29), (90, 30), (149, 30), (151, 30), (600, 120)]
-)
+@pytest.mark.parametrize(("num_rows", "num_test"), [(2, 0), (3, 1), (89, 29), (90, 30), (600, 120)])
 def test_a_first_arrival_gives_a_fifth_and_at_least_thirty_or_a_third(
     tmp_path: Path, num_rows: int, num_test: int
 ) -> None:
@@ -347,7 +301,7 @@ def test_a_first_arrival_gives_a_fifth_and_at_least_thirty_or_a_third(
     assert half.num_test == pytest.approx(num_rows / 2, abs=0.5)
 
 
-@pytest.mark.parametrize(("num_lacking", "num_added"), [(100, 14), (14, 14), (3, 3), (0, 0)])
+@pytest.mark.parametrize(("num_lacking", "num_added"), [(100, 14), (3, 3), (0, 0)])
 def test_a_known_task_that_lacks_test_rows_gets_a_fifth_of_the_new_texts(
     tmp_path: Path, num_lacking: int, num_added: int
 ) -> None:
@@ -439,13 +393,6 @@ def test_a_test_file_wins_over_a_split_column(tmp_path: Path) -> None:
     ]
 
 
-def test_a_test_file_of_another_format_is_refused(tmp_path: Path) -> None:
-    train = write_jsonl(tmp_path / "pets.jsonl", GOOD)
-    test = write_jsonl(tmp_path / "test.jsonl", [{"prompt": "a", "completion": "b"}])
-    with pytest.raises(DataValidationError, match="different formats"):
-        build(train, TaskSchema(name="pets", format="auto"), test_sources=files_at(test))
-
-
 @pytest.mark.parametrize("label", [GOOD[3]["label"], "cat" if GOOD[3]["label"] != "cat" else "dog"])
 def test_a_training_row_with_the_text_of_a_frozen_test_row_is_bad(tmp_path: Path, label: str) -> None:
     frozen = [row_digest(GOOD[3]["text"])]
@@ -484,12 +431,12 @@ def test_how_an_arrival_landed_does_not_hang_on_the_test_rows_that_the_lineage_k
     halves = [{**row, "split": "test" if index >= 50 else "train"} for index, row in enumerate(GOOD)]
     moved = [{**halves[0], "split": "test"}, *halves[1:]]
     known: set[str | None] = set()
-    for rows in (GOOD, GOOD[1:], halves, moved):
+    for rows in (GOOD, halves, moved):
         source = write_jsonl(tmp_path / "pets.jsonl", rows)
         alone, after_others = build(source), build(source, frozen_test_inputs=frozen)
         assert alone.landed_sha256 == after_others.landed_sha256 and alone.sha256 != after_others.sha256
         known.add(alone.landed_sha256)
-    assert len(known - {None}) == 4, "other rows, or another split that the user gives, are another arrival"
+    assert len(known - {None}) == 3, "another split that the user gives is another arrival"
     train, test = write_jsonl(tmp_path / "a.jsonl", GOOD[:50]), write_jsonl(tmp_path / "b.jsonl", GOOD[50:])
     assert build(train, test_sources=files_at(test), frozen_test_inputs=frozen).landed_sha256 in known
 
@@ -537,12 +484,10 @@ CHATS = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_a_chat_is_stored_as_its_earlier_messages_and_its_answer(tmp_path: Path, kind: str) -> None:
     source = tmp_path / f"chat.{kind}"
-    if kind == "jsonl":
-        write_jsonl(source, [{"messages": chat} for chat in CHATS])
-    elif kind == "csv":
+    if kind == "csv":
         write_csv(source, [{"messages": json.dumps(chat)} for chat in CHATS])
     else:
         pq.write_table(pa.table({"messages": CHATS}), source)
@@ -552,48 +497,15 @@ def test_a_chat_is_stored_as_its_earlier_messages_and_its_answer(tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    ("messages", "reason"),
-    [
-        ("not json", "malformed messages"),
-        ({"role": "user"}, "malformed messages"),
-        (["user", "assistant"], "malformed messages"),
-        ([], "malformed messages"),
-        (conversation(("system", "x")), "malformed messages"),
-        (conversation(("user", "no answer")), "malformed messages"),
-        (conversation(("assistant", "a"), ("user", "b")), "malformed messages"),
-        (conversation(("user", "a"), ("user", "b"), ("assistant", "c")), "malformed messages"),
-        (conversation(("user", "a"), ("robot", "c")), "malformed messages"),
-        (conversation(("user", "a"), ("assistant", None)), "malformed messages"),
-        ([{"role": "user"}, {"role": "assistant", "content": "c"}], "malformed messages"),
-        (conversation(("user", "a"), ("assistant", " ")), "empty text"),
-        (conversation(("user", "a" * 101), ("assistant", "c")), "over-long text"),
-        (conversation(("user", "nul \x00"), ("assistant", "c")), "bad encoding"),
-        (CHATS[0], "duplicate row"),
-    ],
-)
-def test_bad_chats_are_named(tmp_path: Path, messages: Any, reason: str) -> None:
-    rows = [{"messages": messages} for messages in (*CHATS, messages)]
-    config = DataConfig(max_text_chars=100)
-    manifest = build(write_jsonl(tmp_path / "chat.jsonl", rows), TaskSchema(name="chat", format="chat"), config)
-    assert dict(manifest.problems) == {reason: 1}
-    assert quarantine_of(tmp_path)[0]["row"] == 41
-
-
-@pytest.mark.parametrize(
     ("file", "content", "why"),
     [
         ("a.jsonl", '{"text": "Jane", "text": "Doe", "label": "cat"}', "malformed line: a key occurs twice"),
         ("a.jsonl", '{"text": "Jane', "malformed line: Unterminated string starting at: line 1 column 10 (char 9)"),
-        ("a.jsonl", '["Jane"]', "malformed line: not an object of columns"),
         ("a.jsonl", '{"text": "Jane"}\n{"text": "a", "label": "cat"}', "missing column: label"),
-        ("a.jsonl", '{"text": "", "label": "cat"}', "empty text: text is empty"),
-        ("a.jsonl", '{"text": "Jane", "label": ""}', "empty label: label is empty"),
         ("a.jsonl", '{"text": ["Jane"], "label": "cat"}', "malformed line: text is a list, not a text"),
-        ("a.jsonl", '{"text": "Jane \\u0000", "label": "cat"}', "bad encoding: text has a byte that is not UTF-8"),
         ("a.jsonl", '{"text": "' + "Jane" * 30 + '", "label": "cat"}', "over-long text: text has 120 characters"),
         ("a.jsonl", '{"text": "Jane", "label": "7"}', "label outside the task's set: a whole number; name it"),
         ("a.csv", "Jane,cat,x", "malformed line: 3 fields under 2 columns"),
-        ("a.csv", '"Jane', "malformed line: unexpected end of data"),
     ],
 )
 def test_a_bad_row_says_why_where_texts_are_hidden(tmp_path: Path, file: str, content: str, why: str) -> None:
@@ -622,20 +534,6 @@ def test_validate_file_finds_the_same_and_writes_nothing_unasked(tmp_path: Path)
     assert replace(built, test_sha256=None) == report.manifest
 
 
-def test_progress_is_told_to_the_last_row(tmp_path: Path) -> None:
-    rows = [{"text": f"t{index}", "label": "cat"} for index in range(2500)]
-    seen: list[int] = []
-    build(write_jsonl(tmp_path / "pets.jsonl", rows), on_progress=seen.append)
-    assert seen == [2500, 2500], "once to choose the test rows"
-
-
-def test_rows_are_written_in_several_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deal_core.data.dataset_files._GROUP_ROWS", 16)
-    build(write_jsonl(tmp_path / "pets.jsonl", GOOD))
-    assert pq.ParquetFile(tmp_path / "dataset" / "train.parquet").num_row_groups > 3
-    assert len(rows_of(tmp_path)) == 100
-
-
 LINES = st.one_of(
     st.sampled_from([line for line, _, _ in BAD_LINES]),
     st.fixed_dictionaries({"text": st.text(max_size=8), "label": st.sampled_from(["dog", "CAT", "bird", ""])}),
@@ -658,20 +556,3 @@ def test_every_row_is_either_kept_or_in_quarantine(tmp_path: Path, lines: list[A
         if line["text"].strip() and "\x00" not in line["text"] and line["label"].strip().casefold() in ("dog", "cat")
     }
     assert {(unicodedata.normalize("NFC", row["input"]).split()[0], row["output"].casefold()) for row in kept} == good
-
-
-def test_rows_with_many_long_answers_are_written_a_few_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dataset_files, "_GROUP_BYTES", 10_000)
-    rows = [
-        {"prompt": f"question {number}", "completion": [f"{number} {'a' * 900}{each}" for each in range(10)]}
-        for number in range(60)
-    ]
-    source = write_jsonl(tmp_path / "rows.jsonl", rows)
-    build_dataset(
-        Landing(sources=files_at(source), task=TaskSchema(name="t", format="auto"), config=LENIENT), tmp_path / "out"
-    )
-    written = pq.ParquetFile(tmp_path / "out" / "train.parquet").metadata
-    assert written.num_rows >= 40
-    assert max(written.row_group(index).num_rows for index in range(written.num_row_groups)) < written.num_rows

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,10 @@ from deal_core.data import on_ray
 from deal_core.data.batch_check import CheckedFiles, FileCheck, checked_here
 from deal_core.data.dataset import Landing, build_dataset
 from deal_core.data.on_ray import checked_on_ray, parts_of
-from deal_core.data.reading.part import WHOLE, Part
+from deal_core.data.reading.part import Part
 from deal_core.data.schema import TaskSchema
 from deal_core.data.source_files import files_at
-from deal_core.errors import ConfigError, ReaderDiedError
+from deal_core.errors import ReaderDiedError
 
 TASK = TaskSchema(name="pets", labels=("Dog", "cat"))
 FILES = ("manifest.json", "quarantine.jsonl", "train.parquet", "train.inputs", "test.parquet")
@@ -78,10 +77,6 @@ def test_parts_of_a_file_cover_its_row_groups(landing: Landing, monkeypatch: pyt
     assert parts_of(file) == [Part(0, 2, 1), Part(2, 4, 35), Part(4, 6, 69)]
 
 
-def test_a_text_has_one_part(lines: Landing) -> None:
-    assert parts_of(FileCheck(*lines.sources, TASK, None, 9)) == [WHOLE]  # type: ignore[arg-type]  # not read
-
-
 @pytest.mark.parametrize("name", ["landing", "lines"])
 def test_what_is_checked_in_parts_gives_the_same_dataset(
     name: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
@@ -104,12 +99,6 @@ def test_the_error_of_a_part_arrives_as_it_is(
     monkeypatch.setattr(FileCheck, "batches", dies)
     with pytest.raises(ReaderDiedError, match=r"^b\.parquet ended"):
         build_dataset(replace(landing, check=carried), tmp_path / "out")
-
-
-def test_without_ray_the_message_says_what_to_install(landing: Landing, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match=r"pip install '\.\[ray\]'"):
-        next(checked_on_ray([]))
 
 
 @pytest.mark.nightly

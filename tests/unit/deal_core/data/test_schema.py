@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from deal_core.data.columns import resolve_columns
-from deal_core.data.schema import DatasetManifest, TaskSchema, label_key
+from deal_core.data.schema import TaskSchema, label_key
 from deal_core.errors import ConfigError, DataValidationError
 
 
@@ -22,8 +21,6 @@ class Spec(BaseModel):
     ("fields", "message"),
     [
         ({"name": "../up"}, "task.name is '../up'"),
-        ({"name": ".."}, "task.name"),
-        ({"name": ""}, "task.name"),
         ({"name": "a\n"}, "task.name"),
         ({"name": "a" * 65}, "1 to 64"),
         ({"format": "xml"}, "task.format is 'xml'; use one of labelled, completion, chat, auto"),
@@ -32,9 +29,7 @@ class Spec(BaseModel):
         ({"labels": ("a\nb",)}, "a label is one line"),
         ({"format": "completion", "labels": ("a",)}, "only labelled tasks have labels"),
         ({"template": "{text} {optoins}"}, "nothing else in braces"),
-        ({"template": "{text!r}"}, "nothing else in braces"),
         ({"template": "{text"}, "task.template cannot be read"),
-        ({"template": "no place"}, "{text} 0 times"),
         ({"template": "{text}{text}"}, "{text} 2 times"),
         ({"format": "chat", "template": "{text}"}, "chat template"),
         ({"columns": {"txt": "body"}}, "task.columns names txt"),
@@ -59,29 +54,6 @@ def test_unknown_keys_in_a_spec_are_errors() -> None:
         Spec.model_validate({"task": {"name": "t", "instructions": "x"}})
 
 
-def test_schema_and_manifest_come_back_from_json() -> None:
-    task = TaskSchema(
-        name="t", format="labelled", labels=("é", "b"), instruction="i", template="{text}", columns={"text": "Body"}
-    )
-    manifest = DatasetManifest(
-        task=task,
-        sha256="00",
-        source="f.csv",
-        num_read=4,
-        num_train=1,
-        num_test=1,
-        num_rejected=2,
-        problems={"duplicate row": 2},
-        split="hash",
-        retain_training_rows=True,
-        files=("aa", "bb"),
-        landed_sha256="11",
-    )
-    read = DatasetManifest.from_json(json.loads(json.dumps(manifest.to_json())))
-    assert (read, read.task) == (manifest, task) and hash(read.task) == hash(task)
-    assert read.task.to_json() == task.to_json()
-
-
 @pytest.mark.parametrize(
     ("change", "is_same"),
     [
@@ -103,11 +75,6 @@ def test_the_form_of_prompts_is_stored() -> None:
     assert told.to_json()["prompt"] == "chat" and TypeAdapter(TaskSchema).validate_python(told.to_json()) == told
     assert told.as_asked().prompt == "chat", "clients must render the same prompt"
     assert chat == TaskSchema(name="t", format="chat") and chat.sha256 == TaskSchema(name="t", format="chat").sha256
-
-
-def test_a_manifest_of_another_version_is_refused() -> None:
-    with pytest.raises(DataValidationError, match="schema version 99, this release reads 1"):
-        DatasetManifest.from_json({"schema_version": 99})
 
 
 def test_labels_are_added_after_those_that_there_are_and_once() -> None:
@@ -134,7 +101,6 @@ def test_labels_are_the_same_across_case_blanks_and_unicode_forms() -> None:
         (("id", " Body ", "CATEGORY"), "labelled", {"text": " Body ", "label": "CATEGORY"}),
         (("sentence", "intent", "Split"), "labelled", {"text": "sentence", "label": "intent", "split": "Split"}),
         (("instruction", "response"), "completion", {"prompt": "instruction", "completion": "response"}),
-        (("prompt", "completion"), "completion", {"prompt": "prompt", "completion": "completion"}),
         (("question", "answer"), "completion", {"prompt": "question", "completion": "answer"}),
         (("messages",), "chat", {"messages": "messages"}),
         (("sentence", "text", "label"), "labelled", {"text": "text", "label": "label"}),
@@ -165,11 +131,8 @@ def test_columns_that_the_task_names_win() -> None:
         (("text", "label", "messages"), {"format": "auto"}, "more than one format (labelled, chat)"),
         (("text", "label"), {"columns": {"text": "body"}}, "no column 'body', which task.columns gives for text"),
         (("text", "label"), {"columns": {"label": "text"}}, "two meanings"),
-        (("text", "label", "text"), {}, "2 columns that could be text"),
         (("Text", "TEXT", "label"), {}, "2 columns that could be text"),
         (("question", "input", "output"), {"format": "auto"}, "could be prompt: 'question', 'input'"),
-        (("text", "topic", "category"), {}, "2 columns that could be label"),
-        ((), {}, "(none)"),
         (tuple(f"c{i}" for i in range(500)), {}, "(500 in all)"),
         (("message no 1", "a"), {}, "if its first line is a row and no header, put the columns' names above it"),
     ],

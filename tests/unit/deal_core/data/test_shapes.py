@@ -137,13 +137,6 @@ SHAPES = {
         "chats (messages)",
         lambda i: (json.dumps([user(f"Hi {i}")]), f"Hello {i}"),
     ),
-    "OpenAI messages with tool calls": Shape(
-        tool_chat,
-        datasets_lines,
-        "rows.jsonl",
-        "chats with tools (messages)",
-        lambda i: (stored_tool_chat(i), f"It rains {i}."),
-    ),
     "OpenAI messages with tool calls in Parquet": Shape(
         tool_chat,
         arrow_parquet,
@@ -157,13 +150,6 @@ SHAPES = {
         "rows.parquet",
         "chats in two columns (prompt, completion)",
         lambda i: (json.dumps([user(f"Hi {i}")]), f"Hello {i}"),
-    ),
-    "JSON list": Shape(
-        lambda i: {"text": f"Text {i}", "label": "ab"[i % 2]},
-        pandas_list,
-        "rows.json",
-        "labelled rows (text, label)",
-        lambda i: (f"Text {i}", "ab"[i % 2]),
     ),
     "ClassLabel": Shape(
         lambda i: {"text": f"Text {i}", "label": i % 2},
@@ -185,13 +171,6 @@ SHAPES = {
         "rows.parquet",
         "preferences of chats (prompt, chosen over rejected)",
         lambda i: (json.dumps([user(f"Q {i}")]), "good", f"bad {i}"),
-    ),
-    "preference, implicit prompt": Shape(
-        lambda i: {"chosen": [user(f"Q {i}"), assistant("good")], "rejected": [user(f"Q {i}"), assistant("bad")]},
-        datasets_lines,
-        "rows.jsonl",
-        "preferences of chats (chosen over rejected)",
-        lambda i: (json.dumps([user(f"Q {i}")]), "good", "bad"),
     ),
     "preference, implicit prompt in Parquet": Shape(
         lambda i: {"chosen": [user(f"Q {i}"), assistant("good")], "rejected": [user(f"Q {i}"), assistant("bad")]},
@@ -235,31 +214,6 @@ SHAPES = {
         "rows.jsonl",
         r"name them, for example with --set task.columns.*continued pre-training.* cannot be learned",
     ),
-    "Dolly": Shape(
-        lambda i: {
-            "instruction": f"Who? {i}",
-            "context": f"He {i}" if i % 2 else "",
-            "response": f"He {i}",
-            "category": "closed_qa",
-        },
-        datasets_lines,
-        "rows.jsonl",
-        "completions (instruction with context under it, response)",
-        lambda i: (f"Who? {i}\nHe {i}" if i % 2 else f"Who? {i}", f"He {i}"),
-    ),
-    "SQuAD": Shape(
-        lambda i: {
-            "id": str(i),
-            "title": "t",
-            "context": "c",
-            "question": f"Who? {i}",
-            "answers": {"text": ["He"], "answer_start": [0]},
-        },
-        datasets_parquet,
-        "rows.parquet",
-        "completions (question with context under it, answers)",
-        lambda i: (f"Who? {i}\nc", "He"),
-    ),
     "SQuAD in JSON lines": Shape(
         lambda i: {"context": "c", "question": f"Who? {i}", "answers": {"text": ["He", "Him"], "answer_start": [0, 1]}},
         datasets_lines,
@@ -274,25 +228,12 @@ SHAPES = {
         "completions (question, answers)",
         lambda i: (f"Who? {i}", f"He {i}"),
     ),
-    "completions in lists": Shape(
-        lambda i: {"prompt": f"Q {i}", "completion": [f"A {i}", "B"][: 1 + i % 2]},
-        datasets_parquet,
-        "rows.parquet",
-        "completions (prompt, completion)",
-        lambda i: (f"Q {i}", f"A {i}"),
-    ),
     "chat whose answer is a list": Shape(
         lambda i: {"messages": [user(f"Hi {i}"), {"role": "assistant", "content": [f"Hello {i}", "Hey"]}]},
         pandas_lines,
         "rows.jsonl",
         "chats (messages)",
         lambda i: (json.dumps([user(f"Hi {i}")]), f"Hello {i}"),
-    ),
-    "answers of other forms": Shape(
-        lambda i: {"question": f"Who? {i}", "answers": {"value": "He", "aliases": ["Him"]}},
-        datasets_lines,
-        "rows.jsonl",
-        "no column is named like .*completion",
     ),
     "several labels": Shape(
         lambda i: {"text": f"Text {i}", "label": [i % 2, 2]},
@@ -305,20 +246,6 @@ SHAPES = {
         pandas_csv,
         "rows.csv",
         r'labels: \{"0": NAME, "1": NAME\}',
-    ),
-    "prompt and response": Shape(
-        lambda i: {"prompt": f"Q {i}", "response": f"A {i}", "model": "m"},
-        pandas_lines,
-        "rows.jsonl",
-        "completions (prompt, response)",
-        lambda i: (f"Q {i}", f"A {i}"),
-    ),
-    "question and answer": Shape(
-        lambda i: {"question": f"Q {i}", "answer": f"A {i}"},
-        pandas_csv,
-        "rows.csv",
-        "completions (question, answer)",
-        lambda i: (f"Q {i}", f"A {i}"),
     ),
     "pandas by columns": Shape(
         lambda i: {"text": f"Text {i}", "label": "a"},
@@ -363,10 +290,7 @@ def build(content: Rows, path: Path, task: TaskSchema) -> list[tuple[str, ...]]:
 # --- remedies that the messages name
 
 
-def test_a_task_with_a_format_learns_the_chosen_answers_as_the_message_says(tmp_path: Path) -> None:
-    pairs = rows(lambda i: {"prompt": f"Q {i}", "chosen": f"good {i}", "rejected": f"bad {i}"})
-    with pytest.raises(DataValidationError, match=r"learns the preferences\. To learn the chosen answers alone"):
-        build(pairs, tmp_path / "a.jsonl", TaskSchema(name="t", format="completion"))
+def test_the_chosen_answers_alone_are_learned_if_they_are_named(tmp_path: Path) -> None:
     pairs = rows(lambda i: {"prompt": f"Q {i}", "chosen": f"good {i}", "rejected": f"bad {i}"})
     task = TaskSchema(name="t", format="auto", columns={"completion": "chosen"})
     assert build(pairs, tmp_path / "a.jsonl", task) == sorted((f"Q {i}", f"good {i}") for i in range(NUM_ROWS))
@@ -396,13 +320,6 @@ def test_whole_numbers_that_a_gap_made_floats_are_the_same_labels(tmp_path: Path
     assert manifest.num_rejected == 1, "the gap"
     wanted = sorted((f"Text {i}", ("bad", "good")[i % 2]) for i in range(NUM_ROWS) if i != 5)
     assert stored_rows(tmp_path) == wanted
-
-
-@pytest.mark.parametrize("columns", [{"prompt": "question", "label": "topic"}, {"text": "a", "completion": "b"}])
-def test_columns_of_two_formats_are_refused_with_the_formats(columns: dict[str, str], tmp_path: Path) -> None:
-    content = rows(lambda i: dict.fromkeys(columns.values(), f"x {i}"))
-    with pytest.raises(DataValidationError, match=f"{' and '.join(columns)}, which are of different formats"):
-        build(content, tmp_path / "rows.jsonl", TaskSchema(name="t", format="auto", columns=columns))
 
 
 def test_numbers_are_never_taken_for_places_in_the_list_of_labels(tmp_path: Path) -> None:
@@ -507,9 +424,8 @@ def test_rows_without_an_answer_or_with_a_bad_one_are_bad_rows(tmp_path: Path) -
 # --- what stays as it was
 
 
-@pytest.mark.parametrize("column", ["input", "context"])
-def test_a_prompt_that_the_task_names_has_no_context(column: str, tmp_path: Path) -> None:
-    content = rows(lambda i: {"instruction": f"Do {i}", column: "more", "output": f"done {i}"})
+def test_a_prompt_that_the_task_names_has_no_context(tmp_path: Path) -> None:
+    content = rows(lambda i: {"instruction": f"Do {i}", "context": "more", "output": f"done {i}"})
     task = TaskSchema(name="t", format="auto", columns={"prompt": "instruction"})
     assert build(content, tmp_path / "rows.jsonl", task) == sorted((f"Do {i}", f"done {i}") for i in range(NUM_ROWS))
 
@@ -519,13 +435,6 @@ def test_a_known_task_joins_a_context_as_a_new_one(tmp_path: Path) -> None:
     task = TaskSchema(name="t", format="completion")
     found = build(content, tmp_path / "rows.jsonl", task)
     assert found == sorted((f"Who {i}?\nAda", f"a{i}") for i in range(NUM_ROWS))
-
-
-def test_a_context_of_any_name_is_joined_if_the_task_names_it(tmp_path: Path) -> None:
-    content = rows(lambda i: {"prompt": f"Do {i}", "passage": "more", "completion": f"done {i}"})
-    task = TaskSchema(name="t", format="auto", columns={"context": "passage"})
-    found = build(content, tmp_path / "rows.jsonl", task)
-    assert found == sorted((f"Do {i}\nmore", f"done {i}") for i in range(NUM_ROWS))
 
 
 def test_preference_columns_beside_a_complete_row_are_not_read(tmp_path: Path) -> None:
@@ -571,23 +480,6 @@ def test_a_known_task_takes_only_what_it_learns(learned: bool, tmp_path: Path) -
     with pytest.raises(DataValidationError, match="learns preferences" if learned else "holds preference rows"):
         build(answers if learned else pairs, tmp_path / "wrong.jsonl", task)
     assert len(build(pairs if learned else answers, tmp_path / "right.jsonl", task)) == NUM_ROWS
-
-
-def test_the_metric_of_preferences_needs_pairs(tmp_path: Path) -> None:
-    answers = rows(lambda i: {"prompt": f"Q {i}", "completion": f"A {i}"})
-    with pytest.raises(DataValidationError, match="no columns chosen and rejected"):
-        build(answers, tmp_path / "rows.jsonl", TaskSchema(name="t", format="auto", metric="preference"))
-
-
-def test_a_chat_task_that_is_known_takes_both_forms_of_a_chat(tmp_path: Path) -> None:
-    task = TaskSchema(name="t", format="chat")
-    wanted = sorted((json.dumps([user(f"Hi {i}")]), f"Hello {i}") for i in range(NUM_ROWS))
-    two = rows(lambda i: {"prompt": [user(f"Hi {i}")], "completion": [assistant(f"Hello {i}")]})
-    assert build(two, tmp_path / "two.jsonl", task) == wanted
-    one = rows(
-        lambda i: {"conversations": [{"from": "human", "value": f"Hi {i}"}, {"from": "gpt", "value": f"Hello {i}"}]}
-    )
-    assert build(one, tmp_path / "one.jsonl", task) == wanted
 
 
 def checked(content: str, path: Path, task: TaskSchema, **landing: Any) -> Any:
@@ -643,25 +535,3 @@ def test_an_answer_of_weight_0_is_not_learned(weights: tuple[int, int], tmp_path
 
     assert "weight 0" in str(report("all").refusal)
     assert ("weight 0" in str(report("last").refusal)) == (weights[1] == 0), "an earlier turn is context"
-
-
-def test_a_refusal_names_what_helps(tmp_path: Path) -> None:
-    long = "\n".join(json.dumps({"text": "x " * 15_000, "label": "a"}) for _ in range(NUM_ROWS))
-    assert "raise data.max_text_chars" in str(checked(long, tmp_path / "a.jsonl", TaskSchema(name="t")).refusal)
-    path = tmp_path / "b.csv"
-    path.write_bytes(b"text,label\n" + "".join(f"Grüße {n},a\n" for n in range(NUM_ROWS)).encode("cp1252"))
-    report = validate_file(Landing(sources=files_at(path), task=TaskSchema(name="t"), config=DataConfig()))
-    assert "iconv -f CP1252" in str(report.refusal)
-
-
-def test_preferences_may_have_a_category(tmp_path: Path) -> None:
-    lines = [json.dumps({"prompt": f"x {n}", "chosen": "good", "rejected": "bad", "category": "c"}) for n in range(40)]
-    report = checked("\n".join(lines), tmp_path / "a.jsonl", AUTO)
-    assert report.refusal is None and report.manifest.task.learns_preferences
-
-
-def test_bad_rows_of_both_files_are_shown(tmp_path: Path) -> None:
-    (tmp_path / "te.csv").write_text("text,label\n" + "".join(f"t {n},a\n" for n in range(99)) + ",a\n" * 21)
-    good = "text,label\n" + "".join(f"x {n},a\n" for n in range(99)) + ",a\n"
-    report = checked(good, tmp_path / "tr.csv", TaskSchema(name="t"), test_sources=files_at(tmp_path / "te.csv"))
-    assert {bad.file for bad in report.bad_rows} == {"te.csv", "tr.csv"} and len(report.bad_rows) == 21

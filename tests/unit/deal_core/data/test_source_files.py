@@ -14,7 +14,7 @@ import pytest
 from deal_core.config import DataConfig
 from deal_core.data.dataset import ArrivalRefusedError, Landing, build_dataset, validate_file
 from deal_core.data.schema import DatasetManifest, TaskSchema
-from deal_core.data.source_files import SourceFile, SourceFiles, files_at, name_of
+from deal_core.data.source_files import SourceFile, SourceFiles, name_of
 from deal_core.errors import DataValidationError
 
 ROWS = [{"text": f"Text number {number}", "label": ("cat", "dog")[number % 2]} for number in range(60)]
@@ -72,14 +72,6 @@ def test_a_bad_row_is_named_with_its_file_and_its_number_in_that_file(tmp_path: 
     ]
 
 
-def test_of_equal_rows_the_first_in_the_order_of_the_files_is_kept(tmp_path: Path) -> None:
-    first, second = shards(tmp_path, ROWS, [ROWS[3], {"text": "new", "label": "cat"}])
-    built(tmp_path, (first, second))
-    assert bad_rows(tmp_path) == [("may/part-1.jsonl", 1, "duplicate row")]
-    built(tmp_path, (second, first))
-    assert bad_rows(tmp_path) == [("may/part-0.jsonl", 4, "duplicate row")]
-
-
 def test_the_limit_for_bad_rows_is_that_of_the_whole_arrival(tmp_path: Path) -> None:
     """As if all rows were in one file: a small file may be bad."""
     bad = {"text": "", "label": "cat"}
@@ -98,14 +90,6 @@ def test_files_of_another_format_are_refused_by_name(tmp_path: Path) -> None:
     told = r"^may has files of more than one format: may/notes\.txt, may/more\.csv, and the others are jsonl files"
     with pytest.raises(DataValidationError, match=told):
         validate_file(Landing(sources=(*files, *others), task=TASK, config=LENIENT))
-
-
-def test_packed_files_and_json_lists_are_of_the_format_of_json_lines(tmp_path: Path) -> None:
-    first, *_ = shards(tmp_path, ROWS[:20])
-    packed = shards(tmp_path, ROWS[20:40], ending="jsonl.gz")
-    (tmp_path / "list.json").write_text(json.dumps(ROWS[40:]))
-    manifest = built(tmp_path, (first, *packed, *files_at(tmp_path / "list.json")))
-    assert (manifest.num_read, manifest.num_rejected) == (60, 0)
 
 
 def test_test_files_may_be_several_and_of_another_format(tmp_path: Path) -> None:
@@ -136,11 +120,6 @@ def test_rows_drawn_at_random_count_if_all_files_say_it(tmp_path: Path) -> None:
     assert (several.split, several.num_test) == ("given", 15)
     mixed = built(tmp_path, shards(tmp_path, drawn[:30], ROWS[30:]), renews_tests=True)
     assert mixed.split == "hash" and mixed.num_read == mixed.num_train + mixed.num_test
-
-
-def test_labels_are_those_of_all_files(tmp_path: Path) -> None:
-    cats, dogs = ROWS[::2], ROWS[1::2]
-    assert set(built(tmp_path, shards(tmp_path, cats, dogs)).task.labels) == {"cat", "dog"}
 
 
 def test_files_whose_rows_differ_in_kind_are_refused_by_name(tmp_path: Path) -> None:

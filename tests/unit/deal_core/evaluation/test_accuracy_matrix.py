@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import json
 
 import numpy
 import pytest
@@ -124,23 +122,6 @@ def test_forward_transfer_is_undefined_when_a_parent_or_base_is_unknown() -> Non
         assert more.forward_transfer is None  # the mean of the one known gain would be another figure
 
 
-def test_metrics_do_not_change_their_input() -> None:
-    before = copy.deepcopy(THREE)
-    accuracies = {"a": 0.1, "b": 0.2, "c": 0.3, "d": 0.4}
-    THREE.with_row("d", accuracies, base_accuracy=0.0, parent_accuracy=0.0)
-    _ = THREE.average_accuracy, THREE.forgetting, THREE.backward_transfer, THREE.forward_transfer
-    first, second = numpy.array([1.0, 0.0]), numpy.array([0.0, 0.0])
-    paired_interval(first, second)
-    assert before == THREE and list(accuracies) == ["a", "b", "c", "d"]
-    assert first.tolist() == [1.0, 0.0] and second.tolist() == [0.0, 0.0]
-
-
-def test_matrix_survives_json() -> None:
-    assert AccuracyMatrix.from_json(json.loads(json.dumps(THREE.to_json()))) == THREE
-    with pytest.raises(ValueError, match="schema version 99"):
-        AccuracyMatrix.from_json({**THREE.to_json(), "schema_version": 99})
-
-
 def test_a_version_between_that_was_not_scored_is_passed_over() -> None:
     matrix = AccuracyMatrix(
         tasks=THREE.tasks,
@@ -196,16 +177,6 @@ def test_paired_interval_is_reproducible_and_follows_its_seed() -> None:
 def test_paired_interval_wants_pairs(first: list[float], second: list[float]) -> None:
     with pytest.raises(ValueError, match="two of one length"):
         paired_interval(first, second)
-
-
-def test_other_test_rows_change_the_base_and_the_last_version_alone() -> None:
-    changed = THREE.remeasured(THREE.tasks[0], base_accuracy=0.25, last_accuracy=0.75)
-    assert (changed.base[0], changed.rows[-1][0]) == (0.25, 0.75)
-    assert (changed.base[1:], changed.rows[:-1], changed.rows[-1][1:]) == (
-        THREE.base[1:],
-        THREE.rows[:-1],
-        THREE.rows[-1][1:],
-    )
 
 
 def test_figures_of_replaced_test_rows_are_not_compared_with_the_present_ones() -> None:

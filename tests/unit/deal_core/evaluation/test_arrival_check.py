@@ -146,11 +146,3 @@ def test_the_surest_contradictions_are_missed_rows_and_the_surest_comes_first() 
     arrival = AnsweredRows(scores=[1, 0, 0, 0.5, 0], confidences=[0.99, 0.2, 0.9, 0.95, 0.5])
     assert surest_contradictions(arrival, 2) == [2, 4]
     assert surest_contradictions(AnsweredRows(scores=[0.0]), 2) == []
-
-
-def test_sentences_say_the_figures() -> None:
-    wrong, new = judge(HALF_WRONG, TESTS), judge(answered(24, 36), TESTS)
-    for judged in (wrong, new):
-        assert judged.sentence("3").startswith("40 % of the labels agree with version 3 (reference 80 %, 100 rows)")
-    assert wrong.sentence("3") != new.sentence("3")
-    assert judge(answered(48, 12), TESTS).figure == "80.0 % (68–88, n 60)"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -37,24 +36,17 @@ def make_report(
 GOOD = make_report({"old": 0.75, "new": 0.5}, {"old": 0.8})
 
 
-def test_a_version_within_every_limit_is_accepted() -> None:
-    assert decide(GOOD, GateConfig()).accepted is True
-    assert decide(GOOD, GateConfig()).reasons == ()
-
-
-def test_a_first_version_has_no_parent_to_fall_below() -> None:
-    assert decide(make_report({"new": 0.6}, {}), GateConfig()).accepted
-
-
 def test_every_reason_is_told_with_task_value_and_limit() -> None:
     report = make_report({"old": 0.5, "older": 0.3, "new": 0.25}, {"old": 0.8, "older": 0.6})
     decision = decide(report, GateConfig(min_accuracy=0.4, max_mean_drop_points=None))
     assert not decision.accepted and len(decision.reasons) == 4
-    gain, floor, old, older = decision.reasons
-    assert gain.startswith("new: ") and all(text in gain for text in ("25.0 %", "30.0 %", "20.0 %", "10.0 points"))
-    assert floor.startswith("new: ") and "25.0 %" in floor and "40.0 %" in floor
-    assert old.startswith("old: ") and all(text in old for text in ("30.0 points", "80.0 %", "50.0 %", "10.0 points"))
-    assert older.startswith("older: ")
+    found = [(check.kind, check.task, check.value, check.limit) for check in decision.failed_checks]
+    assert found == [
+        ("floor", "new", pytest.approx(25), pytest.approx(30)),
+        ("floor", "new", pytest.approx(25), pytest.approx(40)),
+        ("drop", "old", pytest.approx(30), 10),
+        ("drop", "older", pytest.approx(30), 10),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -72,10 +64,12 @@ def test_each_threshold_decides_and_its_limit_itself_passes(config: GateConfig, 
     assert decide(GOOD, config).accepted is accepted
 
 
-@pytest.mark.parametrize(("hits", "base_hits"), [(h, h - 10) for h in range(10, 101)])
-def test_a_gain_of_exactly_the_limit_passes_whatever_the_rounding(hits: int, base_hits: int) -> None:
-    report = make_report({"new": hits / 100}, {}, base=base_hits / 100)
-    assert decide(report, GateConfig(min_gain_points=10)).accepted
+@pytest.mark.parametrize("hits", range(10, 101))
+def test_a_gain_or_a_drop_of_exactly_the_limit_passes_whatever_the_rounding(hits: int) -> None:
+    before = (hits - 10) / 100
+    assert decide(make_report({"new": hits / 100}, {}, base=before), GateConfig(min_gain_points=10)).accepted
+    fallen = make_report({"old": before, "new": 0.9}, {"old": hits / 100})
+    assert decide(fallen, GateConfig(max_drop_points=10)).accepted
 
 
 @pytest.mark.parametrize(("accuracy", "accepted"), [(0.96, True), (0.95, False)])
@@ -83,31 +77,18 @@ def test_a_task_that_is_nearly_all_right_before_can_still_pass(accuracy: float, 
     report = replace(make_report({"new": accuracy}, {}, base=0.5), majority_rate=0.92)
     decision = decide(report, GateConfig(min_gain_points=10))
     assert decision.accepted is accepted
-    said = "96.0 % (the commonest answer's 92.0 % + 4.0 points, half of what it lacks)"
-    assert accepted or said in decision.reasons[0]
-
-
-@pytest.mark.parametrize("hits", range(10, 101))
-def test_a_drop_of_exactly_the_limit_passes_whatever_the_rounding(hits: int) -> None:
-    report = make_report({"old": (hits - 10) / 100, "new": 0.9}, {"old": hits / 100})
-    assert decide(report, GateConfig(max_drop_points=10)).accepted
+    assert [check.limit for check in decision.failed_checks] == [pytest.approx(96)] * (not accepted), "half of 8 points"
 
 
 def test_a_task_that_arrives_again_may_not_fall_below_its_parent_either() -> None:
     again = make_report({"old": 0.8, "new": 0.6}, {"old": 0.8, "new": 0.75})
     gain, drop = decide(again, GateConfig(max_mean_drop_points=None)).failed_checks
     assert (gain.kind, gain.task, drop.kind, drop.task) == ("gain", "new", "drop", "new")
-    assert (round(drop.value or 0, 6), drop.limit) == (15.0, 10.0) and "15.0 points" in drop.message
+    assert (round(drop.value or 0, 6), drop.limit) == (15.0, 10.0)
 
 
 def test_a_gain_on_an_old_task_is_no_drop() -> None:
     assert decide(make_report({"old": 0.9, "new": 0.6}, {"old": 0.1}), GateConfig(max_drop_points=0)).accepted
-
-
-def test_report_survives_json() -> None:
-    assert EvaluationReport.from_json(json.loads(json.dumps(GOOD.to_json()))) == GOOD
-    with pytest.raises(ValueError, match="schema version 7"):
-        EvaluationReport.from_json({**GOOD.to_json(), "schema_version": 7})
 
 
 def test_a_report_without_an_old_tasks_accuracy_is_refused() -> None:
@@ -148,7 +129,7 @@ def test_confidence_decides_how_much_noise_is_believed() -> None:
 
 def test_too_few_rows_to_judge_are_said() -> None:
     (note,) = decide(paired(36), GateConfig(max_drop_points=5)).notes
-    assert note.startswith("old: too few test rows") and "36 can tell" in note and "11.1 points" in note
+    assert note.startswith("old: too few test rows") and "11.1 points" in note
     assert decide(paired(36), GateConfig(max_drop_points=5)).unsure == (note,)
     assert decide(paired(36), GateConfig(max_drop_points=15)).notes == ()
 
@@ -156,7 +137,7 @@ def test_too_few_rows_to_judge_are_said() -> None:
 def test_answers_that_changed_both_ways_hide_a_drop_that_as_many_rows_could_show() -> None:
     assert decide(paired(100), GateConfig()).unsure == ()
     (unsure,) = decide(paired(100, lost=25, gained=25), GateConfig()).unsure
-    assert unsure.startswith("old: too few test rows") and "100 can tell a drop only from about 11." in unsure
+    assert unsure.startswith("old: too few test rows")
 
 
 def test_a_parent_whose_answers_were_not_kept_is_judged_as_measured_and_it_is_said() -> None:
@@ -212,10 +193,7 @@ def test_a_suite_that_lost_too_much_against_base_model_or_champion_is_rejected()
     for report, whose in ((with_suite(whole, part, part), "base model"), (with_suite(part, whole, part), "champion")):
         (check,) = decide(report, GateConfig()).failed_checks
         assert (check.kind, check.task, check.value, check.limit) == ("general_ability", "json", 25.0, 10.0)
-        assert check.message == (
-            f"General ability: json fell by 25.0 points against the {whose}, from 100.0 % to 75.0 %; the limit is 10.0 "
-            "points."
-        )
+        assert whose in check.message
         assert decide(report, GateConfig(max_general_drop_points=25)).accepted
         assert decide(report, GateConfig(max_general_drop_points=None)).accepted
     assert len(decide(with_suite(whole, whole, part), GateConfig()).failed_checks) == 2
@@ -227,9 +205,8 @@ def test_a_suites_loss_that_noise_explains_is_told_and_passes() -> None:
     before, after = outcomes(60, lost=20, gained=13)
     decision = decide(with_suite(before, None, after), GateConfig())
     assert decision.accepted
-    unseen, note = (note for note in decision.notes if "json" in note)
-    assert unseen.startswith("json: too few test rows") and decision.unsure == (), "it is no old task"
-    assert note.startswith("General ability: json fell by 11.7 points against the base model") and "noise of 60" in note
+    assert len([note for note in decision.notes if "json" in note]) == 2, "too few rows, and noise"
+    assert decision.unsure == (), "it is no old task"
     silent = decide(with_suite(before, None, after), GateConfig(max_general_drop_points=None))
     assert not any("json" in note for note in silent.notes)
 
@@ -276,7 +253,6 @@ def test_losses_that_pass_one_by_one_spend_the_budget_together() -> None:
     assert decide(with_debt(8), BUDGET).accepted
     (check,) = decide(with_debt(8.1), BUDGET).failed_checks
     assert (check.kind, check.task, check.value, check.limit) == ("total_drop", "old", 8.1, 8)
-    assert "old: accuracy has fallen by 8.1 points since version 1 learned it; the budget is 8.0" in check.message
 
 
 def test_a_total_loss_that_noise_explains_does_not_spend_the_budget() -> None:
@@ -287,11 +263,6 @@ def test_a_total_loss_that_noise_explains_does_not_spend_the_budget() -> None:
 def test_a_version_that_adds_nothing_to_a_debt_is_not_to_blame_for_it() -> None:
     assert decide(with_debt(20, now=0.8), BUDGET).accepted
     assert not decide(with_debt(20, now=0.79), BUDGET).accepted
-
-
-def test_answers_that_are_gone_are_told() -> None:
-    assert any("version 1, which learned it, are not kept" in note for note in decide(with_debt(1), BUDGET).notes)
-    assert not any("learned it" in note for note in decide(with_debt(1), GateConfig()).notes)
 
 
 def test_a_consolidation_has_no_task_of_its_own_to_be_judged_by() -> None:

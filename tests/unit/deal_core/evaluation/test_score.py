@@ -15,7 +15,7 @@ from deal_core.data.collate import MIN_PREFIX, encode_rows
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation import generation
-from deal_core.evaluation.generation import answer_inputs, first_answer_logits, generate, read_prefix
+from deal_core.evaluation.generation import answer_inputs, generate, read_prefix
 from deal_core.evaluation.likelihood import token_probabilities
 from deal_core.evaluation.score import count_too_long, evaluate_task
 from tests.unit.deal_core.conftest import as_served, train_into
@@ -66,12 +66,6 @@ def test_answers_without_room_for_their_end_are_told(max_new_tokens, base, task,
     cut = {place for place, answer in enumerate(found) if answer.is_cut}
     assert cut == {place for place, has_end in enumerate(ended) if not has_end}
     assert cut or max_new_tokens > 1
-
-
-@pytest.mark.parametrize("with_logits", [True, False])
-def test_logits_are_kept_for_who_asks_for_them_alone(with_logits, base):
-    (found,) = generate(base.model, base.tokenizer, [[1, 2], [3]], 2, with_logits=with_logits)
-    assert (found.logits_BKV is not None) is with_logits
 
 
 def test_references_that_no_answer_can_reach_are_counted(base, task):
@@ -149,20 +143,6 @@ def test_an_answer_ends_with_the_longest_label_or_the_limit(base, task, rows):
     label_tokens = max(len(tokens(" " + label, add_special_tokens=False)["input_ids"]) for label in task.labels)
     assert longest(task, 30) < 2 * (label_tokens + 1) < longest(free, 30)
     assert longest(free, 4) < longest(free, 30)
-
-
-def test_no_rows_score_nothing(base, task):
-    empty = Dataset.from_dict({"input": [], "output": []})
-    found = evaluate_task(base.model, base.tokenizer, as_served(task), empty)
-    assert (found.accuracy, found.num_rows, found.answers) == (0.0, 0, ())
-
-
-def test_first_answer_logits_start_the_answer(base, task, folder):
-    with adapter_on(base.model, folder) as model:
-        logits = first_answer_logits(model, base.tokenizer, task, "about the sea", max_prompt_tokens=64)
-        (answer,) = answer_inputs(model, base.tokenizer, as_served(task), ["about the sea"])
-    first = base.tokenizer.decode([int(logits.argmax())]).strip()
-    assert logits.shape == (base.model.config.vocab_size,) and answer.text.startswith(first)
 
 
 def test_padding_does_not_change_a_rows_loss(base, task, rows):

@@ -242,13 +242,6 @@ def test_feedback_on_rows_chosen_at_random_measures_the_accuracy() -> None:
     assert look(live, feedback=bad.assign(id="of another version")).measured is None
 
 
-def test_feedback_on_graded_answers_is_shown_and_compared_with_nothing() -> None:
-    live = free_rows(200, 1)
-    found = look(live, free_rows(200, 0), feedback=feedback_on(live, [False] * 50))
-    assert found.measured is not None and found.measured.accuracy == 0.0 and found.measured.reference is None
-    assert not found.alarms
-
-
 def test_decayed_means_worse_than_the_version_before_was() -> None:
     live = logged_rows(200, 1)
     bad = feedback_on(live, [True] * 45 + [False] * 55)

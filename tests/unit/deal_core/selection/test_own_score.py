@@ -88,16 +88,3 @@ def test_a_score_without_a_finite_number_for_each_row_is_refused(
     with pytest.raises(ConfigError, match=f"The score '{name}' returned {found}"):
         choose(name, tmp_path)
     assert not (tmp_path / "selection.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "problem"),
-    [
-        ("other", "no subclass of RowScore with the name 'other'"),
-        ("gone", "cannot be imported"),
-        ("nowhere", "give random, .*variety"),
-    ],
-)
-def test_a_score_that_cannot_be_used_is_refused(installed: Path, name: str, problem: str) -> None:
-    with pytest.raises(ConfigError, match=problem):
-        score_class(name)

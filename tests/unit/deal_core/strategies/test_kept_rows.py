@@ -367,7 +367,7 @@ def test_a_killed_training_with_kept_rows_ends_with_the_same_losses(task, train,
     assert resumed.result.resumed_from_step == 4 and resumed.losses == whole.losses
 
 
-@pytest.mark.parametrize("strategy", ["deal", "replay"])
+@pytest.mark.parametrize("strategy", ["deal", *at_night("replay")])
 def test_kept_rows_are_held_while_another_task_is_learned(base, task, train, make_context, strategy):
     """The loss of the kept rows with their targets, after another task: with rehearsal and without it."""
     learning = replace(EIGHT_STEPS, max_steps=40, learning_rate=3e-2, checkpoint_steps=0)

@@ -82,11 +82,6 @@ def test_loss_is_the_divergence_from_the_kept_distribution(base, collate):
     assert expected > 0.01
 
 
-def test_loss_of_an_unmoved_model_is_nothing(base, collate):
-    answered = with_model_targets(base.model, collate, [row(base, "about grass", "green")], likely)
-    assert rehearsal([answered], collate).loss(base.model, 0).abs() < 1e-4
-
-
 def test_an_answer_without_distribution_is_learned_as_a_label(base, collate):
     right = row(base, "about grass", "green leaf")
     ids = torch.tensor([[*right.prompt_ids, *right.answer_ids]])

@@ -18,7 +18,7 @@ from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, add_blank_row, answer_collator, answer_loss, encode_rows
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
-from deal_core.training import kernels, trainer
+from deal_core.training import kernels
 from deal_core.training.kernels import set_attention
 from tests.unit.deal_core.conftest import TASK, Train, at_night, weights
 
@@ -131,29 +131,3 @@ def test_compiled_layers_train_the_same_compile_once_and_are_gone_afterwards(
 def test_recomputed_layers_are_not_compiled() -> None:
     with pytest.raises(ConfigError, match=r"compiles nothing of a layer that train.gradient_checkpointing recomputes"):
         TrainConfig(torch_compile=True, gradient_checkpointing=True)
-
-
-def test_a_model_without_known_layers_is_not_compiled() -> None:
-    with (
-        pytest.raises(ConfigError, match="does not know the layers of Linear"),
-        kernels.compiled_layers(torch.nn.Linear(2, 2)),
-    ):
-        pass
-
-
-def test_a_fused_step_of_adamw_is_taken_where_the_device_has_one(
-    strategy: str, train: Train, parent: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[Any] = []
-    create = trainer.AdapterTrainer.create_optimizer
-
-    def spy(self: Any, model: Any = None) -> Any:
-        made.append(create(self, model))
-        return made[-1]
-
-    monkeypatch.setattr(trainer.AdapterTrainer, "create_optimizer", spy)
-    plain = train(strategy, parent, train=STEPS)
-    monkeypatch.setattr(trainer, "FUSED_ON", ("cpu",))
-    fused = train(strategy, parent, train=STEPS)
-    assert [bool(optimizer.defaults["fused"]) for optimizer in made] == [False, True]
-    assert fused.losses == pytest.approx(plain.losses, rel=1e-5)

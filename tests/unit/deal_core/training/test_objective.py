@@ -11,8 +11,8 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, logsigmoid
 
-from deal_core.adapter.state import adapter_on, attach_adapter
-from deal_core.config import AdapterConfig, TrainConfig
+from deal_core.adapter.state import adapter_on
+from deal_core.config import TrainConfig
 from deal_core.data.collate import REFERENCE_MARGINS, AnswerCollator, add_blank_row, encode_rows
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.score import evaluate_task
@@ -23,7 +23,7 @@ from deal_core.training.objective import (
     add_preferences,
     margins,
 )
-from tests.unit.deal_core.conftest import as_served
+from tests.unit.deal_core.conftest import as_served, at_night
 
 TASK = TaskSchema(
     name="tone", format="completion", metric="preference", instruction="Answer the tenant.", learns_preferences=True
@@ -107,7 +107,7 @@ def test_the_parent_is_the_reference(train, parent, has_parent):
     assert found.losses[1] < found.losses[0]
 
 
-@pytest.mark.parametrize("strategy", ["deal", "seq_lora", "replay"])
+@pytest.mark.parametrize("strategy", ["deal", *at_night("seq_lora", "replay")])
 def test_preferences_are_learned_and_judged(base, train, parent, strategy):
     found = train(strategy, parent, rows=pairs(8), task=TASK, train=replace(SHORT, max_steps=16))
     assert found.losses[-1] < 0.5 * math.log(2)
@@ -123,16 +123,6 @@ def test_preferences_are_learned_and_judged(base, train, parent, strategy):
     with adapter_on(base.model, found.folder) as model:
         swapped = pairs(8).rename_columns({"output": "rejected", "rejected": "output"})
         assert evaluate_task(model, base.tokenizer, as_served(TASK, 20), swapped).accuracy == 0
-
-
-def test_an_adapter_that_changes_nothing_prefers_nothing(base):
-    model = attach_adapter(base.model, AdapterConfig(rank=4), seed=0)
-    try:
-        read: list[int] = []
-        found = evaluate_task(model, base.tokenizer, as_served(TASK, 20), pairs(5), read.append)
-    finally:
-        model.unload()
-    assert found.outcomes == (0.5,) * 5 and sum(read) == 5
 
 
 def test_a_larger_beta_stays_nearer_to_the_parent(base, train, encoded):

@@ -44,12 +44,6 @@ def test_a_list_has_the_rows_of_json_lines(tmp_path: Path, name: str, indent: in
     assert all(lines.splitlines()[row.line - 1].lstrip(b"[").lstrip()[:1] == b"{" for row in found if row.line)
 
 
-@pytest.mark.parametrize("blanks", [" ", "\t", "\n  ", "\r\n"])
-def test_blanks_may_stand_before_a_list(tmp_path: Path, blanks: str) -> None:
-    path = write(tmp_path / "rows.json", f"{blanks}{json.dumps(ROWS)}\n")
-    assert [row.values for row in parsed_rows(path)] == ROWS
-
-
 @pytest.mark.parametrize("content", ["[]", " [ ]\n\n", "[\n]\n"])
 def test_an_empty_list_has_no_rows(tmp_path: Path, content: str) -> None:
     path = write(tmp_path / "rows.json", content)
@@ -133,18 +127,6 @@ def test_an_item_beyond_the_longest_line_is_refused_before_it_is_read(
     path = write(tmp_path / "rows.json", json.dumps([{"text": "a"}, {"text": "x" * 5000}]))
     with pytest.raises(DataValidationError, match="item 2 is not JSON, or has more than 1000 characters"):
         list(parsed_rows(path))
-
-
-@pytest.mark.parametrize("is_list", [False, True])
-def test_a_row_nested_deeply_is_one_bad_row(tmp_path: Path, is_list: bool) -> None:
-    """The bound is the same in every version of Python, and blanks in a text are no levels."""
-    levels = json_rows.MAX_DEPTH
-    fitting, deep = ({"a": json.loads("[" * number + "]" * number), "b": "[" * 500} for number in (levels - 1, levels))
-    lines = [json.dumps(row) for row in (fitting, deep, {"a": 1})]
-    path = write(tmp_path / "rows.json", f"[{', '.join(lines)}]" if is_list else "\n".join(lines))
-    first, bad, last = parsed_rows(path)
-    assert (first.values, last.values) == (fitting, {"a": 1})
-    assert bad.fault is not None and (bad.fault.why, bad.raw()) == ("nested too deeply", lines[1])
 
 
 def test_memory_does_not_grow_with_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ import pytest
 from deal_core.data.answer_files import survey_rows
 from deal_core.data.reading import readers
 from deal_core.data.reading.readers import count_rows, look_at, read_batches, read_rows
-from deal_core.errors import DataValidationError, DealError, ReaderDiedError
+from deal_core.errors import DataValidationError, ReaderDiedError
 from tests.hostile_parquet import ABORTS, odd_columns, repeated
 from tests.parsed import parsed_rows
 
@@ -69,13 +69,6 @@ def test_a_file_that_takes_too_much_memory_is_refused(tmp_path: Path) -> None:
     assert path.stat().st_size < 10_000
     with pytest.raises(ReaderDiedError, match=r"rows\.parquet needs more memory than a file may take"):
         list(read_rows(path))
-
-
-def test_a_process_that_does_not_start_is_not_the_files_fault(lines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(DealError, match="does not start") as failed:
-        look_at(lines)
-    assert not isinstance(failed.value, DataValidationError)
 
 
 @pytest.mark.parametrize("name", odd_columns())

@@ -17,8 +17,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from deal_core.data.reading import child
-from deal_core.data.reading.part import WHOLE
 from deal_core.data.reading.readers import count_rows, look_at, read_rows
 from deal_core.errors import DataValidationError
 from tests.hypothesis_settings import SHARED_FIXTURES
@@ -61,10 +59,6 @@ def parsed(path: Path) -> list[dict[str, Any]]:
     rows = list(parsed_rows(path))
     assert [row.fault for row in rows] == [None] * len(rows)
     return [dict(row.values) for row in rows]
-
-
-def faults(path: Path) -> dict[int, str]:
-    return {row.number: row.fault.reason for row in read_rows(path) if row.fault}
 
 
 @pytest.mark.parametrize("packing", ["", ".gz"])
@@ -136,62 +130,10 @@ def test_a_csv_row_knows_its_row_and_its_line(tmp_path: Path) -> None:
     assert [(row.number, row.line) for row in read_rows(path)] == [(1, 2), (2, 5)]
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        '"never closed,a',
-        '"closed "early", they say",a',
-        "one,field,too many",
-        "one field too few",
-    ],
-)
-def test_a_bad_csv_row_takes_no_good_row_with_it(tmp_path: Path, bad: str) -> None:
-    good = [{"text": f"row {index}", "label": "b"} for index in range(6)]
-    lines = [f"{row['text']},b" for row in good]
-    content = "\n".join(["text,label", *lines[:3], bad, *lines[3:]]) + "\n"
-    rows = list(parsed_rows(write(tmp_path / "rows.csv", content)))
-    assert [dict(row.values) for row in rows if row.fault is None] == good
-    assert [(row.number, row.line, row.raw()) for row in rows if row.fault] == [(4, 5, bad)]
-
-
-def test_a_quote_that_is_never_closed_is_given_up_at_the_size_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("deal_core.data.reading.csv_records.MAX_LINE_CHARS", 1000)
-    good = [f"row {index},b" for index in range(500)]
-    path = write(tmp_path / "rows.csv", "\n".join(["text,label", '"open,a', *good]) + "\n")
-    rows = list(parsed_rows(path))
-    assert [row.number for row in rows if row.fault] == [1]
-    assert [row.values["text"] for row in rows if not row.fault] == [f"row {index}" for index in range(500)]
-
-
 def test_a_doubled_csv_column_is_named_twice_and_loses_nothing(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.csv", "text,label,text\n1,2,3\n")
     assert look_at(path).columns == ("text", "label", "text")
     assert list(read(path)[0].values()) == ["1", "2", "3"]
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        '{"text": "cut o',
-        '["text", "label"]',
-        '"text"',
-        "null",
-        '{"text": "a", "text": "b", "label": "x"}',
-        "[" * 100_000,
-        '{"text": ' + "9" * 5000 + "}",
-        "{'text': 'python', 'label': 'x'}",
-    ],
-)
-def test_a_bad_json_line_is_one_bad_row(tmp_path: Path, bad: str) -> None:
-    first, last = '{"text": "a", "label": "x"}', '{"text": "b", "label": "x"}'
-    rows = list(parsed_rows(write(tmp_path / "rows.jsonl", f"{first}\n{bad}\n{last}\n")))
-    assert [row.values.get("text") for row in rows] == ["a", None, "b"]
-    assert rows[1].fault is not None
-    assert rows[1].fault.reason == "malformed line"
-    assert (rows[1].number, rows[1].raw()) == (2, bad)
-    assert len(rows[1].fault.value) < 250
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
@@ -252,46 +194,6 @@ def test_a_file_that_was_cut_off_is_an_error(tmp_path: Path, name: str) -> None:
         list(read_rows(path))
 
 
-def test_damage_inside_a_parquet_file_is_an_error(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "rows.parquet", to_bytes("parquet", [{"text": f"{i**7}", "label": "a"} for i in range(3000)])
-    )
-    damaged = bytearray(path.read_bytes())
-    damaged[4:2000] = b"\xff" * 1996
-    path.write_bytes(damaged)
-    with pytest.raises(DataValidationError, match="cannot be read"):
-        list(read_rows(path))
-
-
-def test_a_damaged_gzip_file_is_an_error(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.csv.gz", to_bytes("csv", ROWS * 50))
-    damaged = bytearray(path.read_bytes())
-    damaged[-6] ^= 0xFF  # the checksum
-    path.write_bytes(damaged)
-    with pytest.raises(DataValidationError, match="damaged gzip"):
-        list(read_rows(path))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "found"),
-    [
-        ("rows.xlsx", "x", "rows.xlsx is not named like a file of rows"),
-        ("rows", "x", "must end in .csv"),
-        ("rows.csv", "", "rows.csv does not begin with a line that names its columns"),
-        ("rows.csv", "\n\n", "the file is empty"),
-        ("rows.parquet", "not parquet", "rows.parquet cannot be read"),
-    ],
-)
-def test_what_is_no_file_of_rows_is_refused_by_name(tmp_path: Path, name: str, content: str, found: str) -> None:
-    with pytest.raises(DataValidationError, match=found):
-        list(parsed_rows(write(tmp_path / name, content)))
-
-
-def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(DataValidationError, match=r"no file .*nothing\.csv"):
-        list(read_rows(tmp_path / "nothing.csv"))
-
-
 def test_json_columns_are_those_of_all_the_first_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", '{"text": "a"}\nbroken\n{"label": "b", "id": 1}\n')
     assert look_at(path).columns == ("text", "label", "id")
@@ -312,20 +214,6 @@ def test_an_endless_line_is_one_bad_row_and_never_in_memory(
     tracemalloc.stop()
     assert rows == [(1, None, "first"), (2, "over-long text", None), (3, None, "last")]
     assert peak < 2**21
-
-
-@pytest.mark.parametrize("name", ["bomb.parquet", "bomb.jsonl.gz"])
-def test_a_bomb_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(child, "FREE_BYTES", 2**20)
-    monkeypatch.setattr(child, "UNPACKED_TIMES", 10)
-    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 2**12, pa.int32()), pa.array(["x" * 2**13]))
-    if name == "bomb.parquet":
-        pq.write_table(pa.table({"text": texts}), tmp_path / name, compression="zstd")
-    else:
-        write(tmp_path / name, to_bytes("jsonl", pa.table({"text": texts}).to_pylist()))
-    kind = "parquet" if name == "bomb.parquet" else "jsonl"
-    with pytest.raises(DataValidationError, match="unpacks to more than 10 times"):
-        child._rows(tmp_path / name, kind, WHOLE, io.BytesIO(), child.FREE_BYTES)
 
 
 def test_a_small_file_of_many_rows_is_refused(tmp_path: Path) -> None:
