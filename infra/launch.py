@@ -15,8 +15,7 @@ from infra.store import keys
 from infra.store.base import ObjectStore
 
 if TYPE_CHECKING:
-    from deal_core.training.jobs import AnswerJob, TrainingJob
-    from deal_core.training.messages import Send
+    from deal_core.training.jobs import AnswerJob, Send, TrainingJob
 
 
 def is_in_this_process(num_processes: int) -> bool:
@@ -39,7 +38,7 @@ def launch_job(
     Raises:
         ConfigError: Ray is not installed.
     """
-    from deal_core.training.ranks import run_in_processes, run_launcher
+    from deal_core.training.ranks import PROGRESS_FILE, run_in_processes, run_launcher
 
     settings = LaunchSettings()
     if settings.launch == "ray":
@@ -53,7 +52,7 @@ def launch_job(
         try:
             upload_job(store, job, prefix)
             driver = [sys.executable, "-m", "infra.ray_driver", prefix, str(job.num_processes)]
-            result = run_launcher(driver, job, folder, on_message)
+            result = run_launcher([*driver, str(folder / PROGRESS_FILE)], job, folder, on_message)
         finally:
             store.delete(keys.job_inputs(prefix))  # they hold rows
         download_result(store, job, prefix)

@@ -1,4 +1,4 @@
-"""The driver of a job on a Ray cluster: `python -m infra.ray_driver PREFIX NUM_PROCESSES`.
+"""The driver of a job on a Ray cluster: `python -m infra.ray_driver PREFIX NUM_PROCESSES PROGRESS_FILE`.
 
 The job is in the object store, see `infra.stored_job`. Ray Train starts the workers, and starts all of them again when
 one has died; they go on from the last checkpoint. `TorchTrainer.fit` cannot be stopped from a thread, so the driver is
@@ -11,9 +11,10 @@ import os
 import sys
 import tempfile
 import threading
+from pathlib import Path
 from typing import Any
 
-from deal_core.training.messages import end_with_input, sending
+from deal_core.training.ranks import appending, end_with_input
 from infra.ray_worker import work_for_ray
 from infra.settings import LaunchSettings, StoreSettings
 
@@ -21,15 +22,15 @@ MAX_RESTARTS = 3
 """Times that the workers start again after one has died."""
 
 
-def main(prefix: str, num_processes: int) -> None:
-    """Run the workers to their end, and pass their messages on."""
+def main(prefix: str, num_processes: int, progress: Path) -> None:
+    """Run the workers to their end, and append their messages to a file."""
     import ray
     from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchTrainer
     from ray.util.queue import Queue
 
     end_with_input()
-    with sending() as send, tempfile.TemporaryDirectory() as folder:
+    with appending(progress) as send, tempfile.TemporaryDirectory() as folder:
         _connect(num_processes)
         messages = Queue(actor_options={"num_cpus": 0})
 
@@ -84,4 +85,4 @@ def _scaling(num_processes: int) -> Any:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))

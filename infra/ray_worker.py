@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from deal_core.errors import DealError
-from deal_core.training.messages import failure_of
 
 
 def work_for_ray(config: Mapping[str, Any]) -> None:
@@ -14,6 +13,7 @@ def work_for_ray(config: Mapping[str, Any]) -> None:
 
     An error that was raised on purpose is told and not raised: Ray would try again, and the driver ends the workers.
     """
+    from deal_core.training.ranks import failure_of
     from infra.stored_job import work_on
 
     send = config["messages"].put

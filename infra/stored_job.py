@@ -5,12 +5,13 @@
     PREFIX/checkpoints/     the checkpoints of a training, the files of all processes together
     PREFIX/adapter/         the adapter that was trained
 
-`python -m infra.stored_job PREFIX` does what `deal_core.training.main` does with a file. torchrun starts it in pods
-without a shared volume, and a worker of Ray calls `work_on`.
+`python -m infra.stored_job PREFIX` does what `deal_core.training.main` does with a file, and prints the progress.
+torchrun starts it in pods without a shared volume, and a worker of Ray calls `work_on`.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -22,9 +23,8 @@ from accelerate import PartialState
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from deal_core.training.jobs import AnswerJob, TrainingJob, read_job
+from deal_core.training.jobs import AnswerJob, Send, TrainingJob, read_job
 from deal_core.training.main import run_job
-from deal_core.training.messages import Send, sending
 from deal_core.training.trainer import COMPLETE, HISTORY_FILE, NUM_CHECKPOINTS
 from infra.settings import HomeSettings, ServingSettings, StoreSettings
 from infra.store import keys
@@ -111,8 +111,12 @@ def _complete_steps(store: ObjectStore, prefix: str) -> list[int]:
 @record
 def main(prefix: str) -> None:
     """Do a stored job as one of the processes that torchrun starts."""
-    with sending() as send:
-        work_on(prefix, send)
+
+    def print_line(message: Mapping[str, Any]) -> None:
+        sys.stdout.write(json.dumps(message) + "\n")
+        sys.stdout.flush()
+
+    work_on(prefix, print_line)
     PartialState().destroy_process_group()
 
 

@@ -6,8 +6,8 @@ A job names files in place of rows and adapters. `inputs` and `moved` let a call
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -25,9 +25,11 @@ from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.answering import ServedTask
 from deal_core.evaluation.general_ability import perplexity
 from deal_core.evaluation.score import Given, given_answers
-from deal_core.training.messages import Send
 from deal_core.training.train import KeptSource, TrainingResult, TrainingSetup, train_adapter
 from deal_core.training.trainer import OnCheckpoint
+
+Send = Callable[[Mapping[str, Any]], None]
+"""Takes a message for whoever started a job: its progress or its result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,8 +235,3 @@ def gather_json(values: Sequence[Any]) -> list[Any]:
     lengths = gather(torch.tensor([own.shape[1]], device=state.device)).tolist()
     padded = gather(pad_across_processes(own, dim=1))
     return [json.loads(row[:length].numpy().tobytes()) for row, length in zip(padded.cpu(), lengths, strict=True)]
-
-
-def as_message(result: Any) -> dict[str, Any]:
-    """The message with a job's result."""
-    return {"result": asdict(result)}

@@ -1,8 +1,8 @@
 """Do one job: `python -m deal_core.training.main JOB.json`, in each of its processes.
 
-torchrun, accelerate launch, SLURM and a Kubeflow TrainJob start this module as it is. Rank 0 writes messages to
-standard output, one JSON object a line: the figures of each step, or the numbers of answered rows, and at the end the
-result. A rank that raises an error of this project writes it too. All else that is printed goes to standard error.
+torchrun, accelerate launch and SLURM start this module as it is. Rank 0 appends its progress to `progress.jsonl` beside
+the job's file, one JSON object a line: the figures of each step, or the numbers of answered rows, and at the end the
+result. A rank that raises an error of this project appends it too.
 
 With `--end-with-input` a process ends when its standard input ends. A parent that keeps the other end open can so be
 sure that no process outlives it.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from deal_core.base_model.load import load_base
 from deal_core.errors import ConfigError
-from deal_core.training.jobs import AnswerJob, TrainingJob, as_message, read_job
-from deal_core.training.messages import LIFELINE, Send, end_with_input, sending
+from deal_core.training.jobs import AnswerJob, Send, TrainingJob, read_job
+from deal_core.training.ranks import LIFELINE, PROGRESS_FILE, appending, end_with_input
 from deal_core.training.trainer import OnCheckpoint
 
 
@@ -51,7 +52,7 @@ def run_job(job: TrainingJob | AnswerJob, send: Send, on_checkpoint: OnCheckpoin
     )
     if base.sha256 != job.base_sha256:
         raise ConfigError(f"The base model {job.base_source} has changed since the run began; start it again.")
-    send_first(as_message(job.run(base, send_first, on_checkpoint)))
+    send_first({"result": asdict(job.run(base, send_first, on_checkpoint))})
 
 
 @record
@@ -59,7 +60,7 @@ def main(job_file: str, *options: str) -> None:
     """Do the job of a file. An error is recorded for the agent that started this process, which ends the others."""
     if LIFELINE in options:
         end_with_input()
-    with sending() as send:
+    with appending(Path(job_file).with_name(PROGRESS_FILE)) as send:
         run_job(read_job(Path(job_file)), send)
     PartialState().destroy_process_group()
 

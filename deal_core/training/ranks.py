@@ -1,8 +1,9 @@
-"""Starts the processes of a job on this machine, reads their messages, and ends them with this process.
+"""Starts the processes of a job on this machine, reads their progress, and ends them with this process.
 
-A launcher starts `python -m deal_core.training.main JOB`: PyTorch's elastic agent (`deal_core.training.launcher`), or a
-command such as torchrun. Launcher and processes hold the reading end of a pipe, and only this process the writing end:
-they notice its death.
+A launcher starts the ranks, each `python -m deal_core.training.main JOB`: PyTorch's elastic agent, which `python -m
+deal_core.training.ranks` runs, or a command such as torchrun. Rank 0 appends its progress and its result to a file
+beside the job's. Launcher and ranks hold the reading end of a pipe, and only this process the writing end: they notice
+its death. The ranks begin after the launcher has imported this module, so it imports no jobs.
 """
 
 from __future__ import annotations
@@ -14,18 +15,30 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from deal_core import errors
 from deal_core.errors import ConfigError, DealError, RankError
-from deal_core.training.jobs import AnswerJob, TrainingJob, read_result
-from deal_core.training.messages import LIFELINE, Send
 
+if TYPE_CHECKING:
+    from deal_core.training.jobs import AnswerJob, Send, TrainingJob
+
+PROGRESS_FILE = "progress.jsonl"
+"""Beside a job's file: a JSON object a line, the figures of each step or the numbers of answered rows. The last line is
+the result, or an error of this project that a rank raised."""
+LIFELINE = "--end-with-input"
+"""Option of a process: it ends when its standard input ends."""
+READ_SECONDS = 0.02
+"""Time between two looks at the progress."""
 END_SECONDS = 60.0
 """Time that the processes have to end before they are killed."""
 
@@ -57,8 +70,7 @@ def run_in_processes(
     job.write(folder / "job.json")
     if command is None:
         require_devices(job.num_processes)
-        agent = [sys.executable, "-m", "deal_core.training.launcher", str(job.num_processes), str(folder / "logs")]
-        started = [*agent, str(folder / "job.json")]
+        started = [sys.executable, "-m", __name__, str(job.num_processes), str(folder / "job.json")]
     else:
         started = [*command, "-m", "deal_core.training.main", str(folder / "job.json"), LIFELINE]
     return run_launcher(started, job, folder, on_message)
@@ -67,9 +79,11 @@ def run_in_processes(
 def run_launcher(
     command: Sequence[str], job: TrainingJob | AnswerJob, folder: Path, on_message: Send = lambda _: None
 ) -> Any:
-    """Run a command that does a job and writes messages, as `run_in_processes` does; `folder` gets its log."""
+    """Run a command that does a job, as `run_in_processes` does; `folder` has its progress and its log."""
+    from deal_core.training.jobs import read_result
+
     result, last_step = None, 0
-    with _launched(command, job.num_processes, folder / "launcher.log") as messages:
+    with _launched(command, job.num_processes, folder) as messages:
         for message in messages:
             if "failure" in message:
                 raise error_of(message["failure"], job.num_processes, folder)
@@ -102,8 +116,8 @@ def require_devices(num_processes: int) -> None:
 
 
 @contextmanager
-def _launched(command: Sequence[str], num_processes: int, log_file: Path) -> Iterator[Iterator[dict[str, Any]]]:
-    """Start the launcher and yield the processes' messages. At the end of the block the processes end."""
+def _launched(command: Sequence[str], num_processes: int, folder: Path) -> Iterator[Iterator[dict[str, Any]]]:
+    """Start the launcher and yield the progress of its ranks. At the end of the block the processes end."""
     # the processes import this same package and divide the CPU's cores
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = {
@@ -112,42 +126,41 @@ def _launched(command: Sequence[str], num_processes: int, log_file: Path) -> Ite
         "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // num_processes)),
         "PYTHONWARNINGS": "ignore::FutureWarning",  # else a library's warning may be the last line of a rank's log
     }
-    with log_file.open("wb") as log:
+    (folder / PROGRESS_FILE).touch()
+    with (folder / "launcher.log").open("wb") as log:
         launcher = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=log,
             stderr=log,
-            text=True,
             env=environment,
             start_new_session=True,  # only this process handles a keyboard interrupt, at its next step
         )
-    assert launcher.stdin is not None and launcher.stdout is not None
-    lifeline = launcher.stdin
-
-    def close_after() -> None:
-        launcher.wait()
-        with suppress(OSError):
-            lifeline.close()
-
-    # ranks that outlive the launcher would keep standard output open, and this process would wait forever
-    threading.Thread(target=close_after, daemon=True).start()
+    assert launcher.stdin is not None
     try:
-        yield _messages(launcher.stdout)
+        yield _progress(folder / PROGRESS_FILE, launcher)
     finally:
-        lifeline.close()
-        with launcher.stdout:
-            try:
-                launcher.wait(END_SECONDS)
-            except subprocess.TimeoutExpired:
-                launcher.kill()
+        launcher.stdin.close()
+        try:
+            launcher.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            launcher.kill()
 
 
-def _messages(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
-    """The messages among lines; a launcher may print others."""
-    for line in lines:
-        if line.startswith("{"):
-            yield json.loads(line)
+def _progress(file: Path, launcher: subprocess.Popen[bytes]) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a file as they are appended, until the launcher has ended."""
+    line = ""
+    with file.open(encoding="utf-8") as stream:
+        while True:
+            has_ended = launcher.poll() is not None  # asked first, so that what was written before the end is read
+            while part := stream.readline():
+                line += part
+                if line.endswith("\n"):  # else the rest is still being written
+                    yield json.loads(line)
+                    line = ""
+            if has_ended:
+                return
+            time.sleep(READ_SECONDS)
 
 
 def error_of(failure: Mapping[str, Any], num_processes: int, folder: Path) -> DealError:
@@ -169,3 +182,83 @@ def error_of(failure: Mapping[str, Any], num_processes: int, folder: Path) -> De
 def _last_words(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1] if lines else "none."
+
+
+@contextmanager
+def appending(file: Path) -> Iterator[Send]:
+    """Yield what appends messages to the file of the progress. An error of this project that ends the block is one."""
+    with file.open("a", encoding="utf-8") as stream:
+
+        def send(message: Mapping[str, Any]) -> None:
+            stream.write(json.dumps(message) + "\n")
+            stream.flush()
+
+        try:
+            yield send
+        except DealError as error:
+            send(failure_of(error))
+            raise
+
+
+def failure_of(error: DealError) -> dict[str, Any]:
+    """The message about an error that this process raised on purpose."""
+    return {"failure": {"rank": int(os.environ.get("RANK", 0)), "message": f"{type(error).__name__}: {error}"}}
+
+
+def end_with_input() -> None:
+    """End this process at once when the other end of standard input closes.
+
+    The kernel closes the pipes of a killed process; a killed process gives no other sign.
+    """
+
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def launch(num_processes: int, job_file: Path) -> None:
+    """Run the ranks of a job by PyTorch's elastic agent, which ends all of them when one has died."""
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_processes,
+        run_id="ranks",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",  # a port that is free
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=str(job_file.parent / "logs"), redirects=Std.ALL),
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "deal_core.training.main", str(job_file), LIFELINE)
+    except ChildFailedError as error:
+        with appending(job_file.with_name(PROGRESS_FILE)) as send:
+            send({"failure": describe(error.failures)})
+        sys.exit(1)
+
+
+def describe(failures: Mapping[int, ProcessFailure]) -> dict[str, Any]:
+    """Describe the rank whose death caused the others to die: its number, exit code and error message ("" if none).
+
+    A killed rank leaves no error record, and the other ranks fail soon after, so a rank without a record comes first.
+    A rank that died by SIGTERM comes last, because the agent ends the remaining ranks with SIGTERM. Of several records,
+    the oldest is the cause.
+    """
+
+    def order(rank: int) -> tuple[int, float]:
+        record = Path(failures[rank].error_file)
+        if record.is_file():
+            return 1, record.stat().st_mtime
+        return (2 if failures[rank].exitcode == -signal.SIGTERM else 0), 0.0
+
+    first = min(failures, key=order)
+    failure = failures[first]
+    message = failure.error_file_data["message"]["message"] if Path(failure.error_file).is_file() else ""
+    return {"rank": first, "exitcode": failure.exitcode, "message": message}
+
+
+if __name__ == "__main__":
+    launch(int(sys.argv[1]), Path(sys.argv[2]))

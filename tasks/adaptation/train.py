@@ -24,8 +24,7 @@ from tasks.progress import advance
 from tasks.references import TrainedAdapter, TrainSummary
 
 if TYPE_CHECKING:
-    from deal_core.training.jobs import TrainingJob
-    from deal_core.training.messages import Send
+    from deal_core.training.jobs import Send, TrainingJob
     from deal_core.training.train import TrainingResult, TrainingSetup
 
 PLAIN = "seq_lora"
