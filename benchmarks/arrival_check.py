@@ -173,11 +173,11 @@ def ask(
     import torch
     from datasets import Dataset
 
+    from benchmarks.continual.suites import load_suite
     from deal_core.adapter.state import adapter_on
     from deal_core.base_model.device import describe_machine
     from deal_core.base_model.load import load_base
     from deal_core.base_model.sources import DEFAULT_BASE
-    from deal_core.benchmark.suites import load_suite
     from deal_core.config import TrainConfig
     from deal_core.evaluation.answering import ServedTask
     from deal_core.evaluation.score import evaluate_task

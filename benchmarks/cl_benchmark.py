@@ -1,4 +1,4 @@
-"""Write tasks in the layout of CL_Benchmark as the files that `deal benchmark` reads.
+"""Write tasks in the layout of CL_Benchmark as the files that `benchmarks.compare` reads.
 
     python -m benchmarks.cl_benchmark CL_BENCHMARK OUT
 

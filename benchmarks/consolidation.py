@@ -23,16 +23,15 @@ from typing import Annotated
 import typer
 from datasets import disable_progress_bars
 
-from benchmarks.cells import benchmark_cell
+from benchmarks.cells import benchmark_cell, make_cell_file
+from benchmarks.continual.suites import name_of, order_of
+from benchmarks.continual.summary import CellJson, average_accuracy, interval_over_rows, matrix_of, paired, read_cells
 from benchmarks.output import RESULTS, Base, templates
 from benchmarks.tables import round_alike
 from deal_core.base_model.sources import DEFAULT_BASE
-from deal_core.benchmark.suites import name_of, order_of
-from deal_core.benchmark.summary import CellJson, average_accuracy, interval_over_rows, matrix_of, paired, read_cells
 from deal_core.config import TrainConfig
 from deal_core.method_config import MethodConfig
 from tasks.adaptation.run import identify_base
-from tasks.benchmark import make_cell_file
 
 CELLS = RESULTS / "consolidation"
 PAGE = Path("benchmarks/consolidation.md")

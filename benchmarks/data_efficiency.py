@@ -20,13 +20,13 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.continual.cell import COMMON
+from benchmarks.continual.paired import paired_interval
+from benchmarks.continual.suites import name_of
+from benchmarks.continual.summary import CellJson, accuracy, final_scores, interval_over_rows, matrix_of
 from benchmarks.output import RESULTS, read, templates
 from benchmarks.stored_cells import name_of_memory, read_stored_cells
 from benchmarks.tables import departures
-from deal_core.benchmark.cell import COMMON
-from deal_core.benchmark.suites import name_of
-from deal_core.benchmark.summary import CellJson, accuracy, final_scores, interval_over_rows, matrix_of
-from deal_core.evaluation.accuracy_matrix import paired_interval
 
 OPTION_PARTS = (*COMMON, "token_mask")
 """Parts of the method's settings whose settings are options here. token_mask is gone; its cells are kept."""

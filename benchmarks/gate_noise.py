@@ -24,9 +24,9 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
+from benchmarks.continual.summary import CellJson, row_scores
 from benchmarks.output import RESULTS, Out, write_result
 from benchmarks.stored_cells import read_stored_cells
-from deal_core.benchmark.summary import CellJson, row_scores
 from deal_core.config import EvaluateConfig
 from deal_core.evaluation.significance import PairedDrop, smallest_clear_drop
 from deal_core.judging_config import GateConfig

@@ -32,20 +32,19 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy.stats import t as student_t
 
-from benchmarks.cells import benchmark_cell
+from benchmarks.cells import benchmark_cell, make_cell_file
+from benchmarks.continual.paired import PairedInterval
+from benchmarks.continual.suites import name_of, order_of
+from benchmarks.continual.summary import CellJson, accuracy, final_scores, interval_over_rows, read_cells, row_scores
+from benchmarks.continual.summary import order_of as order_of_cell
 from benchmarks.output import RESULTS, templates
 from benchmarks.stored_cells import unpack_answers
 from benchmarks.tables import JUDGED, matched
 from deal_core.base_model.sources import DEFAULT_BASE
-from deal_core.benchmark.suites import name_of, order_of
-from deal_core.benchmark.summary import CellJson, accuracy, final_scores, interval_over_rows, read_cells, row_scores
-from deal_core.benchmark.summary import order_of as order_of_cell
-from deal_core.evaluation.accuracy_matrix import PairedInterval
 from deal_core.evaluation.label_scores import recentred_hits
 from deal_core.method_config import MethodConfig, RehearsalConfig
 from infra.report.figures import COLOURS, MUTED, new_figure, save_png, tidy
 from tasks.adaptation.run import identify_base
-from tasks.benchmark import make_cell_file
 
 CELLS = RESULTS / "final"
 PAGE, PICTURE, WIDTH = Path("docs/benchmark.md"), "benchmark.png", 120

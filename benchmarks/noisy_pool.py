@@ -2,7 +2,7 @@
 
     python -m benchmarks.noisy_pool --data FOLDER --out noisy --task dbpedia --share 0.3
 
-The copy has another digest than the tasks, so `deal benchmark --data noisy` makes cells of its own.
+The copy has another digest than the tasks, so `python -m benchmarks.compare --data noisy` makes cells of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deal_core.benchmark.suites import SuiteTask, load_suite
+from benchmarks.continual.suites import SuiteTask, load_suite
 
 
 def corrupted(task: SuiteTask, share: float, seed: int) -> list[dict[str, Any]]:

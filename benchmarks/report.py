@@ -14,6 +14,9 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from benchmarks.continual.paired import paired_interval
+from benchmarks.continual.suites import name_of as suite_of
+from benchmarks.continual.summary import OURS, CellJson, accuracy, final_scores, method_name
 from benchmarks.data_efficiency import arms
 from benchmarks.method.leads import by_kind, lead, points_of
 from benchmarks.method.protocol import GONE, named_changes, todays_training, training_of
@@ -31,10 +34,7 @@ from benchmarks.tables import (
     protocols,
     summarise,
 )
-from deal_core.benchmark.suites import name_of as suite_of
-from deal_core.benchmark.summary import OURS, CellJson, accuracy, final_scores, method_name
 from deal_core.config import TrainConfig
-from deal_core.evaluation.accuracy_matrix import paired_interval
 from deal_core.judging_config import GateConfig
 from flows.cli.console import interval, points
 

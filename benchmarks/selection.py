@@ -33,6 +33,7 @@ import torch
 import typer
 from datasets import Dataset, disable_progress_bars
 
+from benchmarks.continual.suites import load_suite
 from benchmarks.method.versions import train_into
 from benchmarks.noisy_pool import corrupted
 from benchmarks.output import RESULTS, Base, Out, alone, peak_bytes, write_result
@@ -40,7 +41,6 @@ from benchmarks.speed.ingest import CHUNK_ROWS, TASK, text_of
 from benchmarks.tiny_base import build_tiny_base
 from deal_core.base_model.load import BaseModel, load_base
 from deal_core.base_model.sources import DEFAULT_BASE
-from deal_core.benchmark.suites import load_suite
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.method_config import MethodConfig, SelectionConfig
 from deal_core.selection.choose import choose_rows

@@ -19,8 +19,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from deal_core.benchmark.cell import SCHEMA_VERSION
-from deal_core.benchmark.summary import CellJson
+from benchmarks.continual.cell import SCHEMA_VERSION
+from benchmarks.continual.summary import CellJson
 from deal_core.errors import DataValidationError
 
 LEFT_OUT: dict[str, Any] = {"prompt": "plain", "scoring": "generated", "scores_unused": False, "revision": 1}
@@ -185,7 +185,7 @@ class LabelledAnswers:
 
 
 def unpack_answers(score: Mapping[str, Any]) -> LabelledAnswers | None:
-    """Read back what `deal_core.benchmark.cell.pack_answers` wrote; None: an open task or an old cell has no values."""
+    """Read back what `pack_answers` of a cell wrote; None: an open task or an old cell has no values."""
     if "log_probs" not in score:
         return None
     flat = np.frombuffer(base64.b64decode(score["log_probs"]), "<f2").astype(np.float64)

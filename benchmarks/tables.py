@@ -1,7 +1,6 @@
 """The tables of the stored cells: which tasks measure something, and every method's figures on these tasks.
 
-A cell of `deal benchmark` and an old cell are read alike. `deal_core.benchmark.summary` has the figures that `deal
-benchmark` shows.
+A new cell and an old one are read alike. `benchmarks.continual.summary` has the figures of `benchmarks.compare`.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ from dataclasses import dataclass
 from statistics import fmean, pvariance
 from typing import Any
 
-from deal_core.benchmark import summary
-from deal_core.benchmark.cell import BOUNDS
-from deal_core.benchmark.summary import (
+from benchmarks.continual import summary
+from benchmarks.continual.cell import BOUNDS
+from benchmarks.continual.summary import (
     KEPT_BY_BOUNDS,
     OURS,
     CellJson,
@@ -44,7 +43,7 @@ KEPT_BY_OTHERS = {
     "knn_means": "a mean per label",
     "joint_memory": "a tenth of the rows",
 }
-"""Bounds that `deal benchmark` had: classifiers per task on features of the untouched base model, and an adapter for a
+"""Bounds that the benchmark had: classifiers per task on features of the untouched base model, and an adapter for a
 tenth of the rows together. `benchmarks.method.heads` has the classifiers."""
 ALL_BOUNDS = (*BOUNDS, *KEPT_BY_OTHERS)
 AFTER_TRAINING = ("recentre_steps",)

@@ -1,4 +1,4 @@
-"""A folder of small tasks that `deal benchmark` reads: for tests, and for what measures the chain alone."""
+"""A folder of small tasks that `benchmarks.compare` reads: for tests, and for what measures the chain alone."""
 
 from __future__ import annotations
 

@@ -318,7 +318,7 @@ def _describe(problem: Any, model: type[BaseModel]) -> str:
     location = [part for part in problem["loc"] if part not in (_LIST, _MAPPING)]
     where = ".".join(shorten(str(part)) for part in location) or "spec"
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        if re.sub(r"^methods\.\d+\.", "", where) == "memory":  # of earlier releases
+        if where == "memory":  # of earlier releases
             return (
                 f"'{where}' is no setting any more: set rehearsal.rows, the training rows that are kept of each task "
                 "(0 keeps none), and rehearsal.per_step"

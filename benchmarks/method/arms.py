@@ -47,14 +47,14 @@ import typer
 from datasets import disable_progress_bars
 from torch import Tensor, nn
 
+from benchmarks.continual.run import NUM_FURTHER_ROWS
+from benchmarks.continual.suites import load_suite
 from benchmarks.method.recentre import recentre_adapter
 from benchmarks.method.versions import Versions
 from benchmarks.output import RESULTS, Base, Out, write_result
 from deal_core.adapter.files import METHOD_FILE
 from deal_core.base_model.load import load_base
 from deal_core.base_model.sources import DEFAULT_BASE
-from deal_core.benchmark.run import NUM_FURTHER_ROWS
-from deal_core.benchmark.suites import load_suite
 from deal_core.config import RATES, TrainConfig
 from deal_core.data.collate import IGNORED, NOT_READ
 from deal_core.evaluation.report import outcome_text

@@ -30,10 +30,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from benchmarks.continual.suites import Part, SuiteTask, load_suite
 from benchmarks.output import RESULTS, Base, Out, write_result
 from deal_core.base_model.load import BaseModel, load_base
 from deal_core.base_model.sources import DEFAULT_BASE
-from deal_core.benchmark.suites import Part, SuiteTask, load_suite
 from deal_core.evaluation.report import outcome_text
 from deal_core.evaluation.score import evaluate_answers
 from deal_core.selection.label_noise import features

@@ -22,12 +22,12 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from benchmarks.continual.suites import load_suite
+from benchmarks.continual.summary import CellJson, final_scores
 from benchmarks.method.asked import AskedOptions
 from benchmarks.method.protocol import todays_cells
 from benchmarks.output import RESULTS, Out, write_result
 from benchmarks.stored_cells import unpack_answers
-from deal_core.benchmark.suites import load_suite
-from deal_core.benchmark.summary import CellJson, final_scores
 from deal_core.evaluation.metrics import plain_answer
 from deal_core.method_config import RehearsalConfig
 from deal_core.strategies.kept_rows import choose_rows

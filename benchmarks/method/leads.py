@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+from benchmarks.continual.summary import CellJson, accuracy, final_scores, interval_over_rows, order_of
 from benchmarks.tables import Protocol, joint_of, judged_tasks, method_of, round_alike
-from deal_core.benchmark.summary import CellJson, accuracy, final_scores, interval_over_rows, order_of
 
 KINDS = {"topics": ("dbpedia", "agnews", "yahoo"), "sentiments": ("IMDB", "SST-2"), "stars": ("yelp", "amazon")}
 """Kind → the judged tasks of suite 15 that are of this kind."""

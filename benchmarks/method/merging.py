@@ -21,6 +21,7 @@ import torch
 import typer
 from datasets import disable_progress_bars
 
+from benchmarks.continual.suites import load_suite
 from benchmarks.method.rivals import write_factors
 from benchmarks.method.versions import Versions
 from benchmarks.output import RESULTS, Base, Out, write_result
@@ -28,7 +29,6 @@ from deal_core.adapter.stack import Spectrum, collect_stacks, decompose
 from deal_core.adapter.state import adapter_on, load_method_state, save_adapter
 from deal_core.base_model.load import load_base
 from deal_core.base_model.sources import DEFAULT_BASE
-from deal_core.benchmark.suites import load_suite
 from deal_core.config import TrainConfig
 from infra.settings import HomeSettings
 

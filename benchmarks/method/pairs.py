@@ -20,13 +20,13 @@ from typing import Annotated, Any
 import typer
 from scipy.stats import t
 
+from benchmarks.continual.paired import PairedInterval, paired_interval
+from benchmarks.continual.suites import name_of
+from benchmarks.continual.summary import CellJson, accuracy, final_scores, interval_over_rows
 from benchmarks.method.protocol import todays_training, training_of
 from benchmarks.output import RESULTS, Out, write_result
 from benchmarks.stored_cells import LEFT_OUT_OF_REHEARSAL, LEFT_OUT_OF_TRAINING, read_stored_cells, unpack_answers
 from benchmarks.tables import method_of
-from deal_core.benchmark.suites import name_of
-from deal_core.benchmark.summary import CellJson, accuracy, final_scores, interval_over_rows
-from deal_core.evaluation.accuracy_matrix import PairedInterval, paired_interval
 from deal_core.evaluation.label_scores import recentred_hits
 from deal_core.method_config import DealConfig
 

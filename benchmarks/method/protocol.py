@@ -26,12 +26,12 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.continual.cell import PROTOCOL
+from benchmarks.continual.suites import name_of
+from benchmarks.continual.summary import CellJson, accuracy, final_scores, method_name
 from benchmarks.output import RESULTS
 from benchmarks.stored_cells import FIXED, read_stored_cells, unpack_answers
 from benchmarks.tables import JUDGED, departures
-from deal_core.benchmark.cell import PROTOCOL
-from deal_core.benchmark.suites import name_of
-from deal_core.benchmark.summary import CellJson, accuracy, final_scores, method_name
 from deal_core.config import TrainConfig
 from deal_core.evaluation.label_scores import Floats, recentred_accuracy
 

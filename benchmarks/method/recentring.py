@@ -17,11 +17,11 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from benchmarks.continual.summary import CellJson, final_scores
 from benchmarks.method.protocol import todays_cells
 from benchmarks.output import RESULTS, Out, write_result
 from benchmarks.stored_cells import LabelledAnswers, unpack_answers
 from benchmarks.tables import JUDGED
-from deal_core.benchmark.summary import CellJson, final_scores
 from deal_core.evaluation.label_scores import label_offsets
 
 NUM_DRAWS = 20

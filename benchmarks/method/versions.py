@@ -8,9 +8,9 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from benchmarks.continual.suites import SuiteTask
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.load import BaseModel
-from deal_core.benchmark.suites import SuiteTask
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.answering import ServedTask

@@ -16,10 +16,9 @@ accounts for is the start of Python and of Prefect's server, and their end.
 launches: `deal adapt` of one task in an empty home, by one process and by two that each launch starts. They take turns.
 Base model and rows are tiny: the start of the processes is measured. It needs the extra `ray`.
 
-cells: `deal benchmark` in an empty home, once by itself and once twice at once with one folder of cells. The variants
-take turns. Run again with every cell stored, the command shows what it takes without any cell: starting Python,
-Prefect's server and the base model. Base model and rows are tiny: the sharing is measured. A machine needs as many idle
-cores as there are processes.
+cells: `benchmarks.compare`, once alone and once twice at once with one folder of cells. The variants take turns. Run
+again with every cell stored, the command shows what it takes without any cell: starting Python and the base model. Base
+model and rows are tiny: the sharing is measured. A machine needs as many idle cores as there are processes.
 """
 
 from __future__ import annotations
@@ -235,14 +234,14 @@ def launches(
 
 
 def run_at_once(num_processes: int, folder: Path, options: Sequence[str]) -> tuple[float, float]:
-    """Run `deal benchmark` so many times at once.
+    """Run `benchmarks.compare` so many times at once.
 
     Returns:
-        The seconds from the start of the first to the end of the last, and the processor time of all their processes,
-        the Prefect servers included.
+        The seconds from the start of the first to the end of the last, and the processor time of all their processes.
     """
     environment = bare_environment() | {"OMP_NUM_THREADS": "1", "DEAL_CACHE_DIR": str(folder.parent / "cache")}
-    command = [*DEAL, "benchmark", "--home", str(folder), "--json", *options]
+    folders = ["--out", str(folder / "cells"), "--work", str(folder / "work")]
+    command = [sys.executable, "-m", "benchmarks.compare", *folders, *options]
     started, used = time.perf_counter(), processor_seconds()
     processes = [
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -265,7 +264,7 @@ def measure_cells(num_processes: int, folder: Path, options: Sequence[str]) -> d
         "seconds_without_cells": without[0],
         "processor_seconds": whole[1],
         "processor_seconds_without_cells": without[1],
-        "num_cells": len(list((folder / "benchmark").glob("*-*.json"))),
+        "num_cells": len(list((folder / "cells").glob("*-*.json"))),
     }
 
 

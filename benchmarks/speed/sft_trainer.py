@@ -35,20 +35,20 @@ from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 
+from benchmarks.continual.paired import paired_interval
+from benchmarks.continual.suites import Rows, SuiteTask, load_suite
 from benchmarks.method.versions import train_into
 from benchmarks.output import RESULTS, Out, alone, peak_bytes, write_result
 from benchmarks.tiny_base import EXAMPLES
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.load import BaseModel, load_base
 from deal_core.base_model.sources import DEFAULT_BASE, resolve_base
-from deal_core.benchmark.suites import Rows, SuiteTask, load_suite
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_loss, encode_rows
 from deal_core.data.prompts import render_prompt
 from deal_core.data.reading.readers import read_rows
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import DealError
-from deal_core.evaluation.accuracy_matrix import paired_interval
 from deal_core.method_config import MethodConfig
 from deal_core.training.train import TrainingSetup
 from infra.settings import HomeSettings
@@ -287,7 +287,7 @@ def require_same_work(runs: dict[str, list[dict[str, Any]]], expected: dict[str,
 def main(
     base: Annotated[str, typer.Option(help="Base model, a causal one.")] = DEFAULT_BASE,
     data: Annotated[
-        Path | None, typer.Option(help="Folder of tasks as for `deal benchmark`.", show_default="the examples")
+        Path | None, typer.Option(help="Folder of tasks as for `benchmarks.compare`.", show_default="the examples")
     ] = None,
     first: Annotated[str, typer.Option(help="Task that the parent adapter has learned.")] = "bank",
     task: Annotated[str, typer.Option(help="Task that is learned.")] = "clinic",

@@ -28,6 +28,7 @@ import torch
 import typer
 from datasets import Dataset, disable_progress_bars
 
+from benchmarks.continual.paired import paired_interval
 from benchmarks.method.versions import train_into
 from benchmarks.output import RESULTS, Base, Out, alone, peak_bytes, write_result
 from benchmarks.tiny_base import EXAMPLES
@@ -38,7 +39,6 @@ from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_logits
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluation.accuracy_matrix import paired_interval
 from deal_core.method_config import MethodConfig
 from deal_core.strategies import make_strategy
 from deal_core.strategies.strategy import TaskContext

@@ -11,15 +11,14 @@ import typer
 from typer.core import TyperGroup
 
 import flows.cli.answer
-import flows.cli.benchmark
 import flows.cli.check
 import flows.cli.learn
 import flows.cli.live
 import flows.cli.server  # noqa: F401  # each adds its commands to main_app
-from flows.cli.benchmark import model_app
 from flows.cli.data import data_app
 from flows.cli.lineage import lineage_app, task_app
 from flows.cli.live import feedback_app, rollout_app
+from flows.cli.model import model_app
 from flows.cli.server import server_app
 from flows.cli.session import main_app
 from flows.cli.version import version_app
@@ -29,7 +28,7 @@ TOPICS = {
     "Look and answer": ("status", "ui", "predict", "serve"),
     "Versions and lineages": ("version", "lineage", "task", "data"),
     "Live traffic": ("monitor", "rollout", "feedback"),
-    "Around it": ("server", "model", "benchmark"),
+    "Around it": ("server", "model"),
 }
 """The commands in the order of the help, by topic."""
 

@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks import selection
+from benchmarks.continual.suites import SuiteTask
 from benchmarks.noisy_pool import corrupted
-from deal_core.benchmark.suites import SuiteTask
 from deal_core.data.schema import TaskSchema
 
 MAX_GROWTH = 300 * 2**20

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cl_benchmark import convert
-from deal_core.benchmark.suites import digest_of, load_suite
+from benchmarks.continual.suites import digest_of, load_suite
 
 ROWS = [{"sentence": f"text {i}", "label": "ab"[i % 2]} for i in range(10)]
 

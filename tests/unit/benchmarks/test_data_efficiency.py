@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.continual.cell import revision_of, settings_read
 from benchmarks.data_efficiency import ALL, RANDOM, main, tables
-from deal_core.benchmark.cell import revision_of, settings_read
 from deal_core.method_config import MethodConfig, SelectionConfig
 
 ROOT = Path(__file__).parents[3]

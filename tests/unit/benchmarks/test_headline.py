@@ -12,13 +12,13 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks import headline
+from benchmarks.continual.cell import Cell, pack_answers
+from benchmarks.continual.summary import CellJson
 from benchmarks.headline import app, claim, difference_of, figures_of
 from benchmarks.tables import matched
-from deal_core.benchmark.cell import Cell, pack_answers
-from deal_core.benchmark.summary import CellJson
 from deal_core.method_config import MethodConfig
 from tasks.references import BaseRef
-from tests.unit.deal_core.benchmark.test_summary import made
+from tests.unit.benchmarks.continual.test_summary import made
 
 LABELS = ("up", "down")
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.tables import lost_since_learned, protocols, summarise
-from tests.unit.deal_core.benchmark.test_summary import made
+from tests.unit.benchmarks.continual.test_summary import made
 
 
 def rows_of(cells: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:

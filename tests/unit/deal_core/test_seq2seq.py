@@ -13,11 +13,11 @@ from peft import PeftModel
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 import benchmarks  # noqa: F401  its strategies run on it too
+from benchmarks.continual.cell import BOUNDS, make_cell
+from benchmarks.continual.run import CellRun, run_cell
+from benchmarks.continual.suites import SuiteTask
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.load import BaseModel, load_base
-from deal_core.benchmark.cell import BOUNDS, make_cell
-from deal_core.benchmark.run import CellRun, run_cell
-from deal_core.benchmark.suites import SuiteTask
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_loss
 from deal_core.data.prompts import encode_answer, encode_prompt

@@ -119,7 +119,6 @@ def test_prefect_yaml_says_only_what_prefect_understands(content: dict[str, Any]
         "gc",
         "forget",
         "harvest-feedback",
-        "benchmark",
     ]
     for deployment in content["deployments"]:
         assert deployment["work_pool"]["name"] in ("deal-gpu", "deal-cpu")

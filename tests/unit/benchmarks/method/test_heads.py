@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.continual.suites import SuiteTask
 from benchmarks.method.heads import HEADS, answer_by_head, score_heads
 from deal_core.base_model.load import BaseModel
-from deal_core.benchmark.suites import SuiteTask
 from deal_core.data.schema import TaskSchema
 
 

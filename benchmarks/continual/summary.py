@@ -10,10 +10,11 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple, get_args
 
-from deal_core.benchmark.cell import BOUNDS, COMMON, SCHEMA_VERSION, Scored, revision_of, settings_read
-from deal_core.benchmark.suites import name_of
+from benchmarks.continual.cell import BOUNDS, COMMON, SCHEMA_VERSION, Scored, revision_of, settings_read
+from benchmarks.continual.paired import PairedInterval, paired_interval
+from benchmarks.continual.suites import name_of
 from deal_core.errors import DataValidationError
-from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, PairedInterval, mean_of_all, paired_interval
+from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, mean_of_all
 from deal_core.method_config import MethodConfig
 from deal_core.schema_version import require_schema_version
 from deal_core.strategies import PLUGINS

@@ -12,15 +12,15 @@ import pytest
 import torch
 
 import benchmarks  # noqa: F401  its scores
+from benchmarks.continual import run as benchmark_run
+from benchmarks.continual.cell import Cell, make_cell
+from benchmarks.continual.run import CellRun, run_cell
+from benchmarks.continual.suites import SuiteTask
+from benchmarks.continual.summary import departures, final_scores, matrix_of
 from benchmarks.stored_cells import unpack_answers
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.adapter.state import adapter_on, load_method_state
 from deal_core.base_model.load import BaseModel
-from deal_core.benchmark import run as benchmark_run
-from deal_core.benchmark.cell import Cell, make_cell
-from deal_core.benchmark.run import CellRun, run_cell
-from deal_core.benchmark.suites import SuiteTask
-from deal_core.benchmark.summary import departures, final_scores, matrix_of
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError

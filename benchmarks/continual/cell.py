@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from deal_core.benchmark.suites import Part
+from benchmarks.continual.suites import Part
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import PromptForm
 from deal_core.errors import ConfigError

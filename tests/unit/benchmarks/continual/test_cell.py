@@ -6,8 +6,8 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from deal_core.benchmark.cell import Cell, make_cell, revision_of
-from deal_core.benchmark.summary import departures
+from benchmarks.continual.cell import Cell, make_cell, revision_of
+from benchmarks.continual.summary import departures
 from deal_core.config import NOT_DECIDING, AdapterConfig, TrainConfig
 from deal_core.method_config import MethodConfig, SelectionConfig
 

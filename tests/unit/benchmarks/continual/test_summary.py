@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from deal_core.benchmark.cell import SCHEMA_VERSION, Cell, make_cell, revision_of
-from deal_core.benchmark.summary import departures, matrix_of, read_cells, summarise, tables
+from benchmarks.continual.cell import SCHEMA_VERSION, Cell, make_cell, revision_of
+from benchmarks.continual.summary import departures, matrix_of, read_cells, summarise, tables
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.errors import DataValidationError
 from deal_core.method_config import MethodConfig

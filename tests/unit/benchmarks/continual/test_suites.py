@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from deal_core.benchmark.cell import Cell, make_cell
-from deal_core.benchmark.suites import SUITES, SuiteTask, digest_of, load_suite, name_of, order_of, tasks_folder
+from benchmarks.continual.cell import Cell, make_cell
+from benchmarks.continual.suites import SUITES, SuiteTask, digest_of, load_suite, name_of, order_of, tasks_folder
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 from filelock import FileLock
 
+from benchmarks.continual.cell import Cell, pack_answers
+from benchmarks.continual.suites import Rows, SuiteTask
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.adapter.state import adapter_on, load_method_state
 from deal_core.base_model.device import describe_machine
 from deal_core.base_model.language_model import LanguageModel
 from deal_core.base_model.load import BaseModel
-from deal_core.benchmark.cell import Cell, pack_answers
-from deal_core.benchmark.suites import Rows, SuiteTask
 from deal_core.data.prompts import encode_prompt
 from deal_core.evaluation.answering import ServedTask
 from deal_core.evaluation.general_ability import perplexity
@@ -60,7 +60,7 @@ class CellRun:
     work: Path
     shared: Path
     keep: Path | None = None
-    on_progress: OnProgress
+    on_progress: OnProgress = lambda *_: None
 
 
 def run_cell(run: CellRun) -> dict[str, Any]:
