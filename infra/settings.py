@@ -99,14 +99,6 @@ class InboxSettings(_Settings):
     """Time without a change after which a folder without a file _SUCCESS is complete (DEAL_INBOX_SETTLE_SECONDS)."""
 
 
-class IngestSettings(_Settings):
-    """Where the rows of an arrival are checked."""
-
-    ingest: Literal["local", "ray"] = "local"
-    """local: in the process of the run (DEAL_INGEST). ray: on a Ray cluster, that of RAY_ADDRESS or a new one on this
-    machine."""
-
-
 class NoticeSettings(_Settings):
     """Receivers of notices about adaptations, in addition to the Prefect server."""
 

@@ -8,16 +8,13 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from deal_core.config import DataConfig
-from deal_core.data.batch_check import checked_here
 from deal_core.data.dataset import Landing
 from deal_core.data.doubts import likeness
-from deal_core.data.on_ray import checked_on_ray
 from deal_core.data.rows import stored_input_digest
 from deal_core.data.schema import TaskSchema, label_key
 from deal_core.errors import ConfigError
 from deal_core.evaluation.metrics import require_metric
 from deal_core.safe_text import brief
-from infra.settings import IngestSettings
 from infra.store.base import ObjectStore
 from infra.versions import Version, Versions, descent
 from tasks.data_files import local_files
@@ -72,7 +69,6 @@ def landing_of(
                 record and known and (asked.renews_tests if asked else is_renewal_asked(store, record.lineage, known))
             ),
             on_progress=on_progress,
-            check=checked_on_ray if IngestSettings().ingest == "ray" else checked_here,
             new_label_remedy=_new_label_remedy(task.name, record),
         )
 

@@ -4,8 +4,7 @@
 
 Rates are compared on the same file of `--rival-rows` rows. The variants take turns, each in a process of its own, so
 that other work of the machine falls on both. Both must keep the same rows. With `--rows` ours alone runs once more on a
-file of that many rows, for its rate and its peak memory at that size; with `--ray` a second time, on a Ray cluster of
-this machine's cores, and its dataset must have the same digest.
+file of that many rows, for its rate and its peak memory at that size.
 
 The rival is what one would write with datasets: one batched map over the loaded rows that drops and lists the bad ones
 and remembers the digests it has seen, then a filter and a Parquet file for each split. It has one process, as ours.
@@ -35,7 +34,6 @@ import typer
 from benchmarks.output import RESULTS, Out, alone, peak_bytes, write_result
 from deal_core.config import DataConfig
 from deal_core.data.dataset import Landing, build_dataset
-from deal_core.data.on_ray import checked_on_ray
 from deal_core.data.schema import TaskSchema
 from deal_core.data.source_files import files_at
 
@@ -161,9 +159,7 @@ def run_variant(name: str, source: Path, folder: Path) -> dict[str, Any]:
         digest = None
         build_with_datasets(source, TASK.labels, folder, CONFIG)
     else:
-        checks = {"check": checked_on_ray} if name == "ray" else {}
-        landing = Landing(sources=files_at(source), task=TASK, config=CONFIG, **checks)
-        digest = build_dataset(landing, folder).sha256
+        digest = build_dataset(Landing(sources=files_at(source), task=TASK, config=CONFIG), folder).sha256
     took = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - before}
     return {**took, "peak_bytes": peak_bytes(), "digest": digest, **what_is_in(folder)}
 
@@ -210,7 +206,6 @@ def main(
     rows: Annotated[int, typer.Option(help="Rows of the file that ours alone is run on; 0: no such run.")] = 10_000_000,
     rival_rows: Annotated[int, typer.Option(help="Rows of the file that both are run on; 0: none.")] = 1_000_000,
     measurements: Annotated[int, typer.Option(help="Measurements of each variant.")] = 3,
-    ray: Annotated[bool, typer.Option(help="Also check the rows on a Ray cluster of this machine.")] = False,
     out: Out = RESULTS / "ingest.json",
 ) -> None:
     """Print and write rows per second and peak memory of both."""
@@ -226,10 +221,6 @@ def main(
             if rows:
                 alone(write_rows, source, rows)
                 found["ours_alone"] = {"num_rows": rows, **measure("ours", source, rows)}
-                if ray:
-                    found["on_ray"] = measure("ray", source, rows)
-                    same = found["on_ray"]["digest"] == found["ours_alone"]["digest"]
-                    assert same, f"the datasets differ: {found}"
     write_result(out, result)
 
 

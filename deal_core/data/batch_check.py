@@ -7,7 +7,7 @@ its label is one of the task. A row that is checked with others gets what `RowCh
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -19,7 +19,6 @@ from deal_core.data.check import RowChecker
 from deal_core.data.columns import Columns
 from deal_core.data.good_rows import GOOD_ROWS, good_rows
 from deal_core.data.reading.batches import RowBatch
-from deal_core.data.reading.part import WHOLE, Part
 from deal_core.data.reading.readers import read_batches
 from deal_core.data.rows import Problem, Row, normal_part
 from deal_core.data.schema import COLUMNS_OF_FORMAT, TaskSchema, label_key
@@ -52,27 +51,16 @@ class FileCheck(NamedTuple):
     columns: Columns
     max_text_chars: int
 
-    def batches(self, part: Part = WHOLE) -> Iterator[tuple[RowBatch, Checked]]:
-        """The batches of the file, or of a part of it, in order, and what was found in each.
+    def batches(self) -> Generator[tuple[RowBatch, Checked]]:
+        """The batches of the file in order, and what was found in each.
 
         Raises:
             DataValidationError: The file cannot be read to its end.
         """
         checker = BatchChecker(self)
         with naming(self.source):
-            for batch in read_batches(self.source.path, {*self.columns.names.values()}, part):
+            for batch in read_batches(self.source.path, {*self.columns.names.values()}):
                 yield batch, checker.check(batch)
-
-
-CheckedFiles = Generator[tuple[int, RowBatch, Checked]]
-"""The batches of several files in order, each with the place of its file and what was found in it."""
-
-
-def checked_here(files: Sequence[FileCheck]) -> CheckedFiles:
-    """Check the files in this process, one after another."""
-    for place, file in enumerate(files):
-        for batch, checked in file.batches():
-            yield place, batch, checked
 
 
 class BatchChecker:

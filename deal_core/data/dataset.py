@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from deal_core.config import DataConfig
-from deal_core.data.batch_check import BadRows, Checked, CheckedFiles, FileCheck, checked_here, naming
+from deal_core.data.batch_check import BadRows, Checked, FileCheck, naming
 from deal_core.data.chats import earlier_turns
 from deal_core.data.check import is_whole_number, numbers_for_labels, too_many_labels
 from deal_core.data.columns import SPLITTING, Columns
@@ -96,8 +96,6 @@ class Landing:
     """Whether the file brings new test rows in place of the permanent ones: they are decided as for a new task."""
     new_label_remedy: str = "A label that is new is added to the task's labels: task.labels."
     """What to do about a label that the task does not have, as a sentence."""
-    check: Callable[[Sequence[FileCheck]], CheckedFiles] = checked_here
-    """Checks the rows of the files, in this process or elsewhere."""
     on_progress: Callable[[int], None] | None = None
     """Called after each batch with the number of rows read. The files are read twice if they name their split, or if
     the labels are taken from them, or if test rows are lacking. Their first rows are read twice if digests choose the
@@ -232,14 +230,14 @@ class ArrivalReader:
         """The batches of all files, and what was found in each."""
         for counts in self._counts.values():
             counts.num_read = 0
-        files = [FileCheck(file.source, self.task, file.columns, self._config.max_text_chars) for file in self._files]
-        with closing(self._landing.check(files)) as found:
-            for place, batch, checked in found:
-                file = self._files[place]
-                yield file, batch, checked
-                self._counts[file.split].num_read += len(batch)
-                if self._landing.on_progress is not None:
-                    self._landing.on_progress(sum(counts.num_read for counts in self._counts.values()))
+        for file in self._files:
+            check = FileCheck(file.source, self.task, file.columns, self._config.max_text_chars)
+            with closing(check.batches()) as batches:
+                for batch, checked in batches:
+                    yield file, batch, checked
+                    self._counts[file.split].num_read += len(batch)
+                    if self._landing.on_progress is not None:
+                        self._landing.on_progress(sum(counts.num_read for counts in self._counts.values()))
 
     def _is_test(self, good: pa.RecordBatch, file: _File) -> npt.NDArray[np.bool_]:
         """Which rows are test rows: the file or its column decides, or else the digests of the rows' texts."""

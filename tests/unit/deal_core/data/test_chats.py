@@ -16,7 +16,6 @@ from deal_core.data.check import RowChecker
 from deal_core.data.columns import Columns
 from deal_core.data.dataset import Landing, build_dataset
 from deal_core.data.reading.batches import JsonRows
-from deal_core.data.reading.part import Part
 from deal_core.data.reading.readers import read_batches
 from deal_core.data.rows import Problem, RawRow, Row, row_digest, stored_input_digest
 from deal_core.data.schema import DatasetManifest, TaskSchema
@@ -229,8 +228,8 @@ def first_word(input: str) -> int:
 def test_no_turn_has_the_text_of_a_test_row_in_any_order_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def by_eights(path: Path, columns: Collection[str], part: Part) -> Iterator[JsonRows]:
-        for batch in read_batches(path, columns, part):
+    def by_eights(path: Path, columns: Collection[str]) -> Iterator[JsonRows]:
+        for batch in read_batches(path, columns):
             assert isinstance(batch, JsonRows)
             rows = json.loads(batch.content)
             yield from (JsonRows(json.dumps(rows[start : start + 8]).encode()) for start in range(0, len(rows), 8))
