@@ -1,12 +1,12 @@
-"""The process that reads a file: `python -m deal_core.data.reading.child [PATH, KIND, TASK, PART]`, a text of JSON.
+"""The process that reads a file: `python -m deal_core.data.reading.child [PATH, KIND, TASK]`, a text of JSON.
 
 A hostile file can end the process that reads it: a few bytes can ask a library for any memory, or end it from C++ where
 no Python code can hinder that. So a file is read here, within limits, and `deal_core.data.reading.readers` takes what
 is read. Standard output is a sequence of frames: a letter, the length of the content, and the content.
 
     "+"  nothing; the process has started and is about to open the file
-    "J"  JSON: a look at the file, or the sizes of its row groups
-    "S"  Arrow's schema of the file, or of the parts that follow
+    "J"  JSON: a look at the file
+    "S"  Arrow's schema of the file, or of the batches that follow
     "R"  JSON: a list of rows
     "A"  Arrow's record batch of some rows of the schema
     "E"  JSON: the sentence that refuses the file, and its code; it is the last frame
@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from deal_core.data.reading import parsing
-from deal_core.data.reading.part import Part
 from deal_core.errors import DataValidationError
 
 MAX_MEMORY_BYTES = 2**30
@@ -47,8 +46,8 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def main(request: str) -> NoReturn:
-    """Write the frames of a task ("look", "rows" or "groups"), and end the process."""
-    name, kind, task, part = json.loads(request)
+    """Write the frames of a task ("look" or "rows"), and end the process."""
+    name, kind, task = json.loads(request)
     path = Path(name)
     # A keyboard's and a service's signals are for the process that waits for the frames. When it ends, so does its end
     # of the pipe, and this process with it.
@@ -65,10 +64,8 @@ def main(request: str) -> NoReturn:
         _send(frames, b"+")
         if task == "look":
             _look(path, kind, frames)
-        elif task == "rows":
-            _rows(path, kind, Part(*part), frames, most_bytes)
         else:
-            _send_json(frames, b"J", parsing.group_sizes(path, kind))
+            _rows(path, kind, frames, most_bytes)
         _send(frames, b".")
     except DataValidationError as error:
         _send_json(frames, b"E", [str(error), error.code])
@@ -126,9 +123,9 @@ def _look(path: Path, kind: parsing.Kind, frames: BinaryIO) -> None:
     _send_json(frames, b"J", [look.columns, look.examples, look.class_names, look.num_rows])
 
 
-def _rows(path: Path, kind: parsing.Kind, part: Part, frames: BinaryIO, most_bytes: int) -> None:
+def _rows(path: Path, kind: parsing.Kind, frames: BinaryIO, most_bytes: int) -> None:
     has_schema, num_bytes = False, 0
-    for batch in parsing.parse(path, kind, part):
+    for batch in parsing.parse(path, kind):
         if isinstance(batch, list):
             rows = [
                 [row.number, row.values, row.line, row.fault, row.raw() if row.fault else None, row.doubt]

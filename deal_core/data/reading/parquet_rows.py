@@ -19,7 +19,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deal_core.data.reading.lines import MAX_LINE_CHARS, damaged_file, open_bytes
-from deal_core.data.reading.part import WHOLE, Part
 from deal_core.data.rows import Problem, RawRow
 
 _PIECE_ROWS = 4096
@@ -62,12 +61,12 @@ def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
             raise damaged_file(path, error) from error
 
 
-def read_parquet(path: Path, wanted: Part = WHOLE) -> Iterator[pa.RecordBatch | list[RawRow]]:
-    """The rows of some row groups in parts of at most MAX_LINE_CHARS bytes. A row of more is bad, as in a text file."""
+def read_parquet(path: Path) -> Iterator[pa.RecordBatch | list[RawRow]]:
+    """The rows of a file in parts of at most MAX_LINE_CHARS bytes. A row of more is bad, as in a text file."""
     with open_parquet(path) as file:
-        number = wanted.number
+        number = 1
         schema = without_dictionaries(file.schema_arrow)
-        for index in range(file.metadata.num_row_groups)[wanted.start : wanted.stop]:
+        for index in range(file.metadata.num_row_groups):
             group = file.metadata.row_group(index)
             fitting = _PIECE_BYTES * group.num_rows // max(1, group.total_byte_size)
             size = max(1, min(_PIECE_ROWS, fitting))

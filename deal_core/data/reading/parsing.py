@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from deal_core.data.reading.csv_records import CsvFile
 from deal_core.data.reading.json_rows import read_json
 from deal_core.data.reading.lines import damaged_file
-from deal_core.data.reading.part import WHOLE, Part
 from deal_core.data.rows import RawRow
 from deal_core.errors import DataValidationError
 from deal_core.regular_file import WRONG_PATH
@@ -101,8 +100,8 @@ def _look_at_csv(path: Path) -> FileLook:
         return FileLook(file.header, dict.fromkeys(booleans & not_empty, True))
 
 
-def parse(path: Path, kind: Kind, part: Part = WHOLE) -> Iterator[list[RawRow] | pa.RecordBatch]:
-    """The rows of a file, or of a part of it, in order, a batch at a time; rows of Parquet stay in Arrow's form.
+def parse(path: Path, kind: Kind) -> Iterator[list[RawRow] | pa.RecordBatch]:
+    """The rows of a file in order, a batch at a time; rows of Parquet stay in Arrow's form.
 
     Raises:
         DataValidationError: The file cannot be read to its end, or has more rows than its size has room for.
@@ -110,8 +109,8 @@ def parse(path: Path, kind: Kind, part: Part = WHOLE) -> Iterator[list[RawRow] |
     with whole_file_faults(path):
         # A packed file of a few bytes can hold rows without end, and they would keep busy whoever takes them.
         size = path.stat().st_size
-        most, num_rows = max(FREE_ROWS, size // 2), part.number - 1
-        for batch in _batches(path, kind, part):
+        most, num_rows = max(FREE_ROWS, size // 2), 0
+        for batch in _batches(path, kind):
             num_rows += len(batch)
             if num_rows > most:
                 raise DataValidationError(
@@ -121,11 +120,11 @@ def parse(path: Path, kind: Kind, part: Part = WHOLE) -> Iterator[list[RawRow] |
             yield batch
 
 
-def _batches(path: Path, kind: Kind, part: Part) -> Iterator[list[RawRow] | pa.RecordBatch]:
+def _batches(path: Path, kind: Kind) -> Iterator[list[RawRow] | pa.RecordBatch]:
     if kind == "parquet":
         from deal_core.data.reading.parquet_rows import read_parquet
 
-        yield from read_parquet(path, part)
+        yield from read_parquet(path)
     elif kind == "csv":
         with CsvFile(path) as file:
             yield from batches_of(file.rows())
@@ -153,20 +152,6 @@ def batches_of(rows: Iterable[tuple[RawRow, int]]) -> Iterator[list[RawRow]]:
         raise
     if batch:
         yield batch
-
-
-def group_sizes(path: Path, kind: Kind) -> list[int]:
-    """The number of rows of each row group of a Parquet file; a text has none.
-
-    Raises:
-        DataValidationError: The file cannot be read.
-    """
-    if kind != "parquet":
-        return []
-    from deal_core.data.reading.parquet_rows import open_parquet
-
-    with whole_file_faults(path), open_parquet(path) as file:
-        return [file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups)]
 
 
 @contextmanager

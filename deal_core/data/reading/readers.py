@@ -25,7 +25,6 @@ import deal_core
 from deal_core.data.reading.batches import JsonRows, ParquetRows, RowBatch, from_json
 from deal_core.data.reading.child import HEADER, OUT_OF_MEMORY
 from deal_core.data.reading.parsing import FileLook, Kind
-from deal_core.data.reading.part import WHOLE, Part
 from deal_core.data.rows import RawRow
 from deal_core.errors import DataValidationError, DealError, ReaderDiedError
 from deal_core.safe_text import shorten
@@ -89,23 +88,14 @@ def count_rows(path: Path) -> int:
     return sum(map(len, read_batches(path)))
 
 
-def group_sizes(path: Path) -> list[int]:
-    """The number of rows of each row group of a Parquet file; a text has none.
-
-    Raises:
-        DataValidationError: The file cannot be read.
-    """
-    return list(from_json(dict(_read_frames(path, "groups"))[b"J"]))
-
-
 def read_rows(path: Path) -> Iterator[RawRow]:
     """The rows of `read_batches`, one by one, with all columns."""
     for batch in read_batches(path):
         yield from batch.rows()
 
 
-def read_batches(path: Path, columns: Collection[str] | None = None, part: Part = WHOLE) -> Iterator[RowBatch]:
-    """The rows of a file, or of a part of it, in order, streamed in batches.
+def read_batches(path: Path, columns: Collection[str] | None = None) -> Iterator[RowBatch]:
+    """The rows of a file in order, streamed in batches.
 
     The name of the UTF-8 file ends in .csv, .jsonl, .json or .parquet, each also with .gz. A CSV has a header and may
     use semicolons or tabs. Rows of a Parquet file hold only the wanted `columns`; None: all columns.
@@ -113,8 +103,8 @@ def read_batches(path: Path, columns: Collection[str] | None = None, part: Part 
     Raises:
         DataValidationError: The file cannot be read to its end.
     """
-    number, schema = part.number, pa.schema([])
-    with closing(_read_frames(path, "rows", part)) as frames:
+    number, schema = 1, pa.schema([])
+    with closing(_read_frames(path, "rows")) as frames:
         for letter, content in frames:
             if letter == b"S":
                 schema = pa.ipc.read_schema(pa.py_buffer(content))
@@ -136,9 +126,7 @@ def read_batches(path: Path, columns: Collection[str] | None = None, part: Part 
             number += cells.num_rows
 
 
-def _read_frames(
-    path: Path, task: Literal["look", "rows", "groups"], part: Part = WHOLE
-) -> Generator[tuple[bytes, bytes]]:
+def _read_frames(path: Path, task: Literal["look", "rows"]) -> Generator[tuple[bytes, bytes]]:
     """The letters and contents of a file's frames. The process that reads the file ends with the iterator.
 
     Raises:
@@ -146,7 +134,7 @@ def _read_frames(
         ReaderDiedError: The file ended the process.
         DealError: The process cannot be started.
     """
-    request = json.dumps([str(path), file_kind(path), task, part])
+    request = json.dumps([str(path), file_kind(path), task])
     # The path of this package comes first: the process has to be of the same version.
     root = str(Path(deal_core.__file__).parents[1])
     inherited = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
