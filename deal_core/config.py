@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -148,6 +148,18 @@ class TrainConfig:
     def deciding(self) -> dict[str, Any]:
         """The settings that decide the result, for digests."""
         return {name: value for name, value in asdict(self).items() if name not in NOT_DECIDING}
+
+    def with_smaller_batches(self) -> TrainConfig | None:
+        """Return settings whose micro-batches have half as many rows, and whose steps have the same rows as before.
+
+        An odd number of rows is divided by its smallest factor. None: a process has one row of each micro-batch.
+        """
+        rows = self.batch_size // self.num_processes
+        parts = next((number for number in range(2, rows + 1) if rows % number == 0), None)
+        if parts is None:
+            return None
+        steps = self.gradient_accumulation_steps * parts
+        return replace(self, batch_size=self.batch_size // parts, gradient_accumulation_steps=steps)
 
     def rate(self, num_parameters: int) -> float:
         """Return the rate at the first step, for a base model with so many parameters."""

@@ -63,6 +63,12 @@ class TrainingDivergedError(DealError):
     code = "diverged"
 
 
+class DeviceMemoryError(DealError):
+    """A step of the training does not fit into the memory of its device."""
+
+    code = "device-memory"
+
+
 class RankError(DealError):
     """One of several training processes died."""
 

@@ -16,6 +16,8 @@ class BucketSampler(Sampler[int]):
     The order depends only on seed and epoch, so a resumed run sees the same order. transformers' LengthGroupedSampler
     draws from the global generator and does not have this property.
 
+    A batch is the rows of an optimiser step, however many of them go through the model at once.
+
     `lengths` has every row's number of tokens. With `labels`, the rows' labels, every batch holds the labels in their
     shares. The row `blank` fills up the last batch; None: the last batch may be smaller.
     """

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather, pad_across_processes
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from pydantic import Field, TypeAdapter
 
@@ -22,6 +23,7 @@ from deal_core.base_model.load import BaseModel, Precision
 from deal_core.base_model.sharding import in_step, shard_base
 from deal_core.config import Quantize, Shard
 from deal_core.data.schema import TaskSchema
+from deal_core.errors import DeviceMemoryError
 from deal_core.evaluation.answering import ServedTask
 from deal_core.evaluation.general_ability import perplexity
 from deal_core.evaluation.score import Given, given_answers
@@ -131,6 +133,34 @@ class TrainingJob(Job):
             shard=self.shard,
             on_log=lambda step, values: send({"step": step, "values": dict(values)}),
             on_checkpoint=on_checkpoint,
+        )
+
+
+def train_within_memory(job: TrainingJob, train: Callable[[TrainingJob], TrainingResult]) -> TrainingResult:
+    """Do a training. Out of memory, it goes on from its last checkpoint with half the rows at once.
+
+    A step has the same rows as before, in more micro-batches, so the result differs by rounding.
+
+    Args:
+        job: The training.
+        train: Does it, in this process or in others.
+
+    Raises:
+        DeviceMemoryError: A step does not fit with one row at once.
+    """
+    notes: tuple[str, ...] = ()
+    while True:
+        try:
+            result = train(job)
+            return replace(result, notes=(*notes, *result.notes))
+        except DeviceMemoryError:
+            smaller = job.setup.train.with_smaller_batches()
+            if smaller is None:
+                raise
+        clear_device_cache(garbage_collection=True)  # the error is gone here, and with it the failed step's tensors
+        job = replace(job, setup=replace(job.setup, train=smaller))
+        notes = (
+            f"memory: a step had too many rows at once, so it was divided into micro-batches of {smaller.batch_size}",
         )
 
 

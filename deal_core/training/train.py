@@ -123,6 +123,7 @@ def train_adapter(
         ConfigError: This is not one of `train.num_processes` processes; `deal_core.training.main` is one. Or
             a task of several learns preferences.
         AdapterStateError: The parent's adapter does not fit the base.
+        DeviceMemoryError: A step does not fit into the device's memory; see `train_within_memory` of the jobs.
     """
     task, train, tasks = setup.task, setup.train, [(setup.task, rows), *joined]
     handed_on, more_rows = _kept_rows(kept)

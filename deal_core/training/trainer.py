@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast, gather, reduce
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from deal_core.config import TrainConfig
 from deal_core.data.collate import add_blank_row
 from deal_core.data.order import BucketSampler
-from deal_core.errors import AdapterStateError, TrainingDivergedError
+from deal_core.errors import AdapterStateError, DeviceMemoryError, TrainingDivergedError
 from deal_core.regular_file import complete_file, flush_to_disk
 from deal_core.strategies.strategy import Strategy
 from deal_core.training.objective import Objective
@@ -125,19 +126,30 @@ class AdapterTrainer(Trainer):
         """Train, from a checkpoint if one is given.
 
         Raises:
+            DeviceMemoryError: A step does not fit into the memory; the checkpoints stay.
             AdapterStateError: The processes did not end with the same parameters.
         """
         if checkpoint is not None and (checkpoint / STRATEGY_TENSORS).is_file():
             self.strategy.restore(load_file(checkpoint / STRATEGY_TENSORS))
-        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        try:
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            raise DeviceMemoryError(
+                f"A step of the training does not fit into the memory of {self.args.device}, with "
+                f"{self.args.train_batch_size} rows at once; set train.gradient_checkpointing: true, or lower "
+                "train.max_prompt_tokens."
+            ) from None
         if self.args.world_size > 1:
             require_in_step(self.strategy.parameters())
 
     def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
+        """Rows in the order of steps: how a step is divided into micro-batches does not change which rows share it."""
         num_rows, num_processes = len(self._lengths), self.args.world_size
         return BucketSampler(
             self._lengths,
-            self.args.train_batch_size * num_processes,
+            self.args.train_batch_size * num_processes * self.args.gradient_accumulation_steps,
             self.args.seed,
             labels=self._labels,
             blank=num_rows if num_processes > 1 else None,
@@ -165,11 +177,11 @@ class AdapterTrainer(Trainer):
         return self._objective.loss_sum(model, inputs) / num_items_in_batch * self.accelerator.num_processes
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        """The weight of the accumulated batch, over all processes; 1 if nothing counts, as the sum is 0 then."""
+        """The weight of the accumulated batch, over all processes."""
         weight = self._objective.weight(batch_samples).to(device)
         if self.args.world_size > 1:
             weight = self.accelerator.gather(weight).sum()
-        return weight + weight.eq(0)
+        return weight.clamp(min=1)  # an empty batch has loss 0
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch. After a step's last micro-batch, the strategy's parameters get their gradients."""

@@ -47,13 +47,16 @@ def train_version(adaptation: AdaptationRun) -> TrainedAdapter:
         IntegrityError: The parent's adapter is damaged; nothing is trained.
         RankError: One of several training processes died.
     """
+    from deal_core.training.jobs import train_within_memory
+
     store, folder, train = current_store(), adaptation.folder, adaptation.spec.train
     launching = LaunchSettings()
     if (summary := _finished(folder)) is None:
         training, num_rows, notes = (_alone if adaptation.consolidation is None else _together)(adaptation)
         curve = LiveCurve(adaptation.run)
         try:
-            result = _train(training, adaptation, _on_message(curve, train.num_steps(num_rows)))
+            on_message = _on_message(curve, train.num_steps(num_rows))
+            result = train_within_memory(training, lambda job: _train(job, adaptation, on_message))
         finally:
             curve.keep(store)
         result = replace(result, notes=(*notes, *result.notes))

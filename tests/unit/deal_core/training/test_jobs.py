@@ -21,10 +21,10 @@ from deal_core.adapter.state import adapter_on
 from deal_core.base_model.sharding import is_sharded, shard_base
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import answer_collator
-from deal_core.errors import ConfigError, RankError
+from deal_core.errors import ConfigError, DeviceMemoryError, RankError
 from deal_core.evaluation.score import evaluate_task
 from deal_core.method_config import MethodConfig
-from deal_core.training.jobs import AnswerJob, AnswerResult, TrainingJob
+from deal_core.training.jobs import AnswerJob, AnswerResult, TrainingJob, train_within_memory
 from deal_core.training.ranks import run_in_processes
 from deal_core.training.train import KeptSource, TrainingSetup
 from infra.launch import launch_job
@@ -118,6 +118,31 @@ def assert_same(one: Any, other: Any, *folders: Path) -> None:
     assert expected.keys() == found.keys() and len(one.losses) == 7
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_out_of_memory_a_training_goes_on_with_half_the_rows_at_once_and_the_same_rows_in_a_step(base, job, tmp_path):
+    train = replace(job.setup.train, num_processes=1, balance_labels=False)
+    job = replace(job, setup=replace(job.setup, train=train, strategy="seq_lora"))
+    whole = in_folder(job, tmp_path / "whole").run(base)
+    steps: list[int] = []
+
+    def full_from_step_6(_: object, inputs: object, options: dict[str, torch.Tensor]) -> None:
+        num_rows, num_tokens = options["input_ids"].shape
+        if len(steps) >= 5 and num_rows > most_rows and num_tokens > 1:  # one token is read before the first step
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def run(job: TrainingJob) -> Any:
+        return job.run(base, lambda message: steps.append(message["step"]))
+
+    with base.model.register_forward_pre_hook(full_from_step_6, with_kwargs=True):
+        most_rows = 2
+        resumed = train_within_memory(in_folder(job, tmp_path / "resumed"), run)
+        assert steps == [1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 6, 7] and resumed.resumed_from_step == 4
+        assert [loss for _, loss in resumed.losses] == pytest.approx([loss for _, loss in whole.losses], rel=1e-4)
+        assert "micro-batches of 2" in resumed.notes[0]
+        most_rows = 0
+        with pytest.raises(DeviceMemoryError):
+            train_within_memory(in_folder(job, tmp_path / "never"), run)
 
 
 @pytest.mark.nightly

@@ -123,6 +123,14 @@ def test_accumulated_micro_batches_equal_one_large_batch(parent, train, rows):
         torch.testing.assert_close(weights(split.folder)[name], value, rtol=1e-3, atol=1e-5)
 
 
+def test_micro_batches_become_smaller_down_to_one_row_of_each_process():
+    sizes, train = [], TrainConfig(batch_size=12, gradient_accumulation_steps=2, num_processes=2)
+    while train is not None:
+        sizes.append((train.batch_size, train.gradient_accumulation_steps))
+        train = train.with_smaller_batches()
+    assert sizes == [(12, 2), (6, 4), (2, 12)]
+
+
 def test_gradient_checkpointing_recomputes_and_gives_the_same_losses(base, parent, train):
     calls = 0
 
