@@ -26,10 +26,10 @@ logger = logging.getLogger(__name__)
 MAX_KEY_BYTES = 1024
 MAX_PART_BYTES = 255
 RESERVED = ".incoming"
-"""First part of no key: a folder store writes unfinished files there, and an S3 store its test object."""
+"""First part of no key: a folder store writes unfinished files there, and an S3 store what it tries out."""
 TEMPORARY = "tmp"
 LOCK = ".lock"
-"""Name of the file that the user of a temporary folder locks."""
+"""Name of the file that the user of a temporary folder locks, and so do the writers of a folder store that compare."""
 _warned: set[tuple[str, str]] = set()
 """Pairs of a store's address and a key that this process has logged a warning about."""
 
@@ -133,7 +133,18 @@ class ObjectStore(ABC):
         With `if_absent` an existing object is kept. Of several concurrent writers exactly one stores its data.
         """
 
-    def check(self) -> None:  # noqa: B027 - a folder needs no check: hard links are atomic
+    @abstractmethod
+    def get_tagged(self, key: str) -> tuple[bytes, str]:
+        """Return the object's content and a tag that stands for it, for `replace_bytes`."""
+
+    @abstractmethod
+    def replace_bytes(self, key: str, data: bytes, tag: str) -> bool:
+        """Store all of `data` if the object still has the content of this tag; return whether it was stored.
+
+        Of several concurrent writers with the same tag exactly one stores its data.
+        """
+
+    def check(self) -> None:  # noqa: B027 - a folder needs no check: hard links and its lock are atomic
         """Raise StoreError if the server ignores the condition of a put, so writers would overwrite each other."""
 
     @abstractmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import io
 import os
 import shutil
@@ -21,6 +22,7 @@ from deal_core.regular_file import IrregularFileError, complete_file, irregulari
 from deal_core.safe_text import without_secrets
 from infra.settings import StoreSettings
 from infra.store.base import (
+    LOCK,
     RESERVED,
     ObjectInfo,
     ObjectNotFoundError,
@@ -88,6 +90,28 @@ class FileStore(ObjectStore):
         with self._report_errors("write", key), self._incoming() as part:
             part.write(data)
             return _place(part, target, if_absent=if_absent)
+
+    def get_tagged(self, key: str) -> tuple[bytes, str]:
+        """Read the file. Its tag is its digest: two files of a moment may have the same size and times."""
+        content = self.get_bytes(key)
+        return content, hashlib.sha256(content).hexdigest()
+
+    def replace_bytes(self, key: str, data: bytes, tag: str) -> bool:
+        """Compare and write the file under a lock, which all such writers of the store take."""
+        target = self._path(key)
+        with (
+            self._report_errors("write", key),
+            self._incoming() as part,
+            (self.root / RESERVED / LOCK).open("ab") as lock,
+        ):
+            part.write(data)
+            fcntl.flock(lock, fcntl.LOCK_EX)  # it ends with the process, too
+            try:
+                if self.get_tagged(key)[1] != tag:
+                    return False
+            except ObjectNotFoundError:
+                return False
+            return _place(part, target, if_absent=False)
 
     def find(self, key: str) -> ObjectInfo | None:
         """Look at the file."""

@@ -25,17 +25,19 @@ from infra.store.base import RESERVED, ObjectInfo, ObjectNotFoundError, ObjectSt
 
 logger = logging.getLogger(__name__)
 
-PROBE = f"{RESERVED}/if-none-match"
-"""How the names of test objects begin."""
+PROBE = f"{RESERVED}/conditions"
+"""How the names of test objects begin, and that of the note of the server that has passed the test."""
 NUM_RACERS = 16
 """Concurrent conditional puts of a test object."""
 NUM_TRIES = 20
 """How often a conditional put is sent again while the server reports a conflict with another put."""
+MISSING = ("NoSuchKey", "NotFound", "404")
+"""Codes of the answers that there is no such object."""
 PIECE_BYTES = 1 << 20
 MAX_WAIT_SECONDS = 20
 MAX_MESSAGES = 10
 _probed: set[tuple[str, str]] = set()
-"""Pairs of a server and a bucket that let one of several concurrent puts win in this process."""
+"""Stores that this process knows to have passed the test, each as its server and its address."""
 
 
 def make_client(settings: StoreSettings, service: str = "s3") -> Any:
@@ -110,47 +112,80 @@ class S3Store(ObjectStore):
                     digest.update(piece)
         return digest.hexdigest()
 
+    def get_tagged(self, key: str) -> tuple[bytes, str]:
+        """Read the object. Its tag is the server's ETag."""
+        with self._report_errors("read", key):
+            answer = self.client.get_object(Bucket=self.bucket, Key=self._name(key))
+            with closing(answer["Body"]) as body:
+                return bytes(body.read()), str(answer["ETag"])
+
     def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
         """Write the object. With `If-None-Match: *` exactly one of several concurrent writers wins."""
         name = self._name(key)
         with self._report_errors("write", key):
             if if_absent:
                 self.check()
-                return self._put_if_absent(name, data)
+                return self._put_if(name, data, IfNoneMatch="*")
             self.client.put_object(Bucket=self.bucket, Key=name, Body=data, **self._encryption)
             return True
 
-    def check(self) -> None:
-        """Let several conditional puts of a fresh test object race, once per process.
+    def replace_bytes(self, key: str, data: bytes, tag: str) -> bool:
+        """Write the object with `If-Match: TAG`."""
+        with self._report_errors("write", key):
+            self.check()
+            return self._put_if(self._name(key), data, IfMatch=tag)
 
-        A server that looks for the object and then writes it would pass one put after the other.
+    def check(self) -> None:
+        """Let several conditional puts of a test object race, once a store: a note in the store names the server.
+
+        A server that looks at the object and then writes it would pass one put after the other.
 
         Raises:
             StoreError: Not exactly one put has won.
         """
-        place = (self.client.meta.endpoint_url, self.bucket)
-        if place in _probed:
+        server = self.client.meta.endpoint_url
+        if (server, self.uri) in _probed:
             return
-        name, start = f"{self.root}{PROBE}-{uuid.uuid4().hex}", Barrier(NUM_RACERS)
+        note = f"{self.root}{PROBE}"
+        with self._report_errors("write", PROBE):
+            try:
+                with closing(self.client.get_object(Bucket=self.bucket, Key=note)["Body"]) as body:
+                    is_noted = body.read().decode() == server  # a copy of the store may be on another server
+            except ClientError as error:
+                if _code_of(error) not in MISSING:
+                    raise
+                is_noted = False
+            if not is_noted:
+                name = f"{note}-{uuid.uuid4().hex}"
+                try:
+                    self._race(name, IfNoneMatch="*")
+                    self._race(name, IfMatch=self.client.head_object(Bucket=self.bucket, Key=name)["ETag"])
+                finally:
+                    with suppress(ClientError):  # who may not delete leaves an object, which no listing shows
+                        self.client.delete_object(Bucket=self.bucket, Key=name)
+                self.client.put_object(Bucket=self.bucket, Key=note, Body=server.encode(), **self._encryption)
+        _probed.add((server, self.uri))
+
+    def _race(self, name: str, **condition: str) -> None:
+        """Let conditional puts race; raise StoreError if not exactly one wins."""
+        start = Barrier(NUM_RACERS)
 
         def race(_: int) -> bool:
             start.wait()
-            return self._put_if_absent(name, b"")
+            return self._put_if(
+                name, uuid.uuid4().bytes, **condition
+            )  # a content that was there has the ETag of before
 
-        with self._report_errors("write", PROBE):
-            try:
-                with ThreadPoolExecutor(NUM_RACERS) as pool:
-                    num_won = sum(pool.map(race, range(NUM_RACERS)))
-            finally:
-                with suppress(ClientError):  # who may not delete leaves an empty object, which no listing shows
-                    self.client.delete_object(Bucket=self.bucket, Key=name)
+        with ThreadPoolExecutor(NUM_RACERS) as pool:
+            num_won = sum(pool.map(race, range(NUM_RACERS)))
         if num_won != 1:
+            header = "If-Match" if "IfMatch" in condition else "If-None-Match"
             raise StoreError(
-                f"{place[0]} let {num_won} of {NUM_RACERS} concurrent puts with If-None-Match win, so two writers "
-                "could overwrite the promotion log. Use a server with atomic conditional writes, such as those of "
-                "Amazon and Ceph."
+                f"{self.client.meta.endpoint_url} let {num_won} of {NUM_RACERS} concurrent puts with {header} win, so "
+                "two writers could overwrite each other. Use a server with atomic conditional writes, such as those of "
+                "Amazon and Ceph.",
+                code="store-conditions",
             )
-        _probed.add(place)
 
     def find(self, key: str) -> ObjectInfo | None:
         """Request the object's head."""
@@ -227,8 +262,8 @@ class S3Store(ObjectStore):
     def _name(self, key: str) -> str:
         return self.root + check_key(key)
 
-    def _put_if_absent(self, name: str, data: bytes) -> bool:
-        """Store unless the key exists. boto3 repeats a put whose answer got lost; the repeat finds its own object."""
+    def _put_if(self, name: str, data: bytes, **condition: str) -> bool:
+        """Store under a condition. boto3 repeats a put whose answer got lost; the repeat finds its own object."""
         writer = uuid.uuid4().hex
         for remaining in reversed(range(NUM_TRIES)):
             try:
@@ -236,13 +271,15 @@ class S3Store(ObjectStore):
                     Bucket=self.bucket,
                     Key=name,
                     Body=data,
-                    IfNoneMatch="*",
                     Metadata={"writer": writer},
+                    **condition,
                     **self._encryption,
                 )
                 return True
             except ClientError as error:
                 code = _code_of(error)
+                if code in MISSING and "IfMatch" in condition:  # deleted since it was read
+                    return False
                 if code in ("PreconditionFailed", "412"):
                     head = self.client.head_object(Bucket=self.bucket, Key=name)
                     return bool(head["Metadata"].get("writer") == writer)
@@ -258,7 +295,7 @@ class S3Store(ObjectStore):
         except (ClientError, BotoCoreError, Boto3Error, OSError) as error:
             # boto3's transfer manager wraps the server's answer
             answer = error.__context__ if isinstance(error, Boto3Error) else error
-            if isinstance(answer, ClientError) and _code_of(answer) in ("NoSuchKey", "NotFound", "404"):
+            if isinstance(answer, ClientError) and _code_of(answer) in MISSING:
                 raise ObjectNotFoundError(f"There is no object {key!r} in {self.uri}; check the name.") from error
             raise StoreError(f"Cannot {action} {key!r} in {self.uri}: {_explain(answer or error)}.") from error
 

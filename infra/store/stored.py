@@ -1,5 +1,7 @@
 """Small JSON files of the store: models with a schema version, all read, written and refused in one way.
 
+A file that several processes change is changed by `update_stored`, which loses no change.
+
 A folder of files that are written once is read with an index, which saves most requests. The index has the content of
 the files by key and ETag, and its own digest before that. The files are the truth: one that the index lacks, or has
 with another ETag, is read. So the index can be deleted at any time.
@@ -9,7 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import random
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Literal, TypeVar
@@ -30,6 +34,8 @@ MAX_REQUESTS = 5
 So two folders of 1,000 files, versions and promotions, take at most 20 requests while both grow.
 """
 _READERS = 8
+MAX_CONFLICTS = 1000
+"""How often a change is made again because another writer was faster."""
 
 
 class Stored(BaseModel):
@@ -67,7 +73,40 @@ def parse_stored(content: bytes, model: type[Model]) -> Model:
 
 def write_stored(store: ObjectStore, key: str, stored: Stored, *, if_absent: bool = False) -> bool:
     """Write a file, in place of a present one. With `if_absent` a present one stays, and the answer is False."""
-    return store.put_bytes(key, (stored.model_dump_json(indent=2) + "\n").encode(), if_absent=if_absent)
+    return store.put_bytes(key, _as_json(stored), if_absent=if_absent)
+
+
+def _as_json(stored: Stored) -> bytes:
+    return (stored.model_dump_json(indent=2) + "\n").encode()
+
+
+def update_stored(
+    store: ObjectStore, key: str, model: type[Model], change: Callable[[Model], Model], *, what: str, remedy: str
+) -> Model:
+    """Change the file under `key`, and lose no change of another process. Return its new content.
+
+    `change` is a function of the present content alone (without a file: of the model's defaults). If another process
+    writes meanwhile, `change` is called again with what that has written. What does not change is not written.
+
+    Raises:
+        StoreError: The store does not answer, the file is damaged, or others write without end.
+    """
+    for number in range(MAX_CONFLICTS):
+        try:
+            content, tag = store.get_tagged(key)
+        except ObjectNotFoundError:
+            before, tag = model(), None
+        else:
+            with reading_stored(store, key, what, remedy):
+                before = parse_stored(content, model)
+        after = change(before)
+        data = _as_json(after)
+        if after == before or (
+            store.put_bytes(key, data, if_absent=True) if tag is None else store.replace_bytes(key, data, tag)
+        ):
+            return after
+        time.sleep(random.uniform(0, min(0.001 * 2**number, 0.1)))  # so that two writers do not meet again and again
+    raise StoreError(f"Other processes write {key!r} in {store.uri} all the time; try again.", code="store-conflict")
 
 
 @contextmanager

@@ -283,7 +283,7 @@ def find_leftovers(store: ObjectStore, now: datetime) -> list[Folder]:
         places[store.root / RESERVED] = is_deserted
     leftovers = []
     for place, is_left in places.items():
-        for path in sorted(place.iterdir() if place.is_dir() else ()):
+        for path in sorted(path for path in place.iterdir() if path.name != LOCK) if place.is_dir() else ():
             with suppress(FileNotFoundError):  # its process has just removed it
                 folder = local_folder(path)
                 if folder.modified < now - AGE or is_left(path):
