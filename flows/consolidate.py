@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import NamedTuple
 
 from prefect import flow
 
-from deal_core.safe_text import listed
 from flows.adapt import AdaptResult, announcing_failure, failing, finish, result_of
 from flows.lock import lock_lineage
+from infra.lineage_state import read_ended, read_state
 from infra.store.base import ObjectStore
 from infra.versions import Version, Versions, champion_of
 from tasks.adaptation import run as runs
@@ -24,16 +23,17 @@ from tasks.adaptation.general import require_suites
 from tasks.adaptation.resume import find_parent, read_findings
 from tasks.adaptation.run import RunInputs, prepare
 from tasks.adaptation.train import PLAIN
+from tasks.arrival_states import is_of
 from tasks.base import refuse_what_cannot_fit
 from tasks.context import current_store
-from tasks.inbox import Arrival, InboxLook, known_state, read_state, write_state
+from tasks.inbox import Arrival, InboxLook
 from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy
 from tasks.lineage.consolidation import ConsolidationPlan, Start, spent_by, why_due
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record, require_same_base
 from tasks.lineage.settings import WatchedLineage, stored_lineage
 from tasks.mlflow_mirror import sync_lineage
-from tasks.progress import Stages, reporter
+from tasks.progress import Stages
 from tasks.references import DatasetRef
 from tasks.spec import AdaptSpec, parse
 
@@ -144,20 +144,15 @@ def look_at_consolidation(store: ObjectStore, spec: WatchedLineage, inbox: Inbox
         return ConsolidationLook()
     if spec.consolidate.when_spent and champion.is_consolidation:
         rejected = {version.version for version in spent_by(versions, champion.parent_version)}
-        state = known_state(store, spec.lineage)
-        notes = ((arrival, state.noted_as(arrival, "rejected")) for arrival in inbox.of(spec.tasks))
-        again = [arrival for arrival, note in notes if note is not None and note.version in rejected]
+        ended, opened = read_ended(store, spec.lineage), read_state(store, spec.lineage).arrivals
+        ends = ((arrival, ended.get(arrival.key)) for arrival in inbox.of(spec.tasks) if arrival.key not in opened)
+        again = [
+            arrival
+            for arrival, end in ends
+            if end is not None and end.outcome == "rejected" and end.version in rejected and is_of(end, arrival)
+        ]
     why = why_due(spec.consolidate, versions, spec.gate.max_total_drop_points)
     return ConsolidationLook(champion.version, why, again)
-
-
-def open_again(store: ObjectStore, lineage: str, arrivals: Sequence[Arrival]) -> None:
-    """Let the next look learn arrivals again. The caller holds the lineage."""
-    state = read_state(store, lineage)
-    for arrival in arrivals:
-        state.record(arrival, "requeued", "Rejected before the consolidation.", now=datetime.now(UTC))
-    write_state(store, lineage, state)
-    reporter().said(f"{listed([arrival.key for arrival in arrivals])}: learned again, on the consolidation.")
 
 
 def _start_of(settings: WatchedLineage | None) -> Start:

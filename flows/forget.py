@@ -18,7 +18,7 @@ from infra.store.base import ObjectStore
 from infra.store.keys import parse_dataset_file, top_of
 from tasks.context import current_store
 from tasks.housekeeping.arrivals import KnownArrival, find_arrival
-from tasks.housekeeping.forgetting import ForgetPlan, forget_held, plan_forgetting, silence_watches
+from tasks.housekeeping.forgetting import ForgetPlan, forget_held, plan_forgetting, silence_notes
 from tasks.housekeeping.garbage import list_logged_lineages
 from tasks.lineage.tombstones import Tombstone, put_tombstone
 from tasks.mlflow_mirror import sync_lineage
@@ -79,7 +79,7 @@ async def forget(named: str, reason: str = "") -> ForgetResult:
             if set(_affected(plan)) <= set(held):
                 versions = [f"{version.lineage}/{version.version}" for version in plan.learned]
                 tombstone = _note(store, arrival, plan, reason, versions)
-                silence_watches(store, _inbox_keys(arrival, plan), f"Its rows were {tombstone.said}.")
+                silence_notes(store, _inbox_keys(arrival, plan), f"Its rows were {tombstone.said}.")
                 forget_held(store, plan)
                 for lineage in held:
                     await to_the_end(sync_lineage, store, lineage)

@@ -45,8 +45,13 @@ async def lock_lineage(lineage: str, *, wait: bool = True) -> AsyncIterator[None
 
 
 @patient
-async def is_locked_on_server(lineage: str) -> bool:
-    """Return whether a run holds the lineage on the Prefect server."""
+async def is_locked(lineage: str) -> bool:
+    """Return whether a process of this home or a run on the Prefect server holds the lineage."""
+    try:
+        with FileLock(lineage_lock(lineage)).acquire(timeout=0):
+            pass
+    except Timeout:
+        return True
     async with get_client() as client:
         try:
             limit = await client.read_global_concurrency_limit_by_name(_limit_name(lineage))
@@ -57,9 +62,7 @@ async def is_locked_on_server(lineage: str) -> bool:
 
 @asynccontextmanager
 async def _hold_in_home(lineage: str, wait: bool) -> AsyncIterator[None]:
-    path = lineage_lock(lineage)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
+    lock = FileLock(lineage_lock(lineage))
 
     async def take() -> bool:
         with suppress(Timeout):

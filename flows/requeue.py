@@ -12,7 +12,7 @@ from flows.lock import lock_lineage
 from infra.store.base import ObjectStore
 from infra.versions import Version, Versions, require_adapter
 from tasks.adaptation.resume import FINDINGS_FILE, read_findings, require_same_files
-from tasks.arrival_runs import release
+from tasks.arrivals import release
 from tasks.context import current_store
 from tasks.lineage.history import arrival_digests, no_version
 from tasks.lineage.promotion import find_left_behind

@@ -1,4 +1,4 @@
-"""The inbox: the arrivals that have landed, and the state of each for a lineage's watch.
+"""The inbox: the arrivals that have landed. `tasks.arrival_states` says what becomes of each.
 
 A file at inbox/TASK/FILE is an arrival, and so is a folder at inbox/TASK/FOLDER with all its files. The task file
 `inbox/TASK/task.yaml` and the file or folder of test rows that it names are companions: they belong to the task's
@@ -8,49 +8,24 @@ arrivals.
 from __future__ import annotations
 
 import hashlib
-import shlex
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import field_validator
 
 from deal_core.errors import ConfigError, StoreError
 from deal_core.yaml_file import MAX_BYTES, read_yaml, yaml_mapping
-from infra.settings import InboxSettings
 from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectNotFoundError, ObjectStore, UnusableObjectError, check_key
 from infra.store.keys import INBOX, SUCCESS_FILE, TASK_FILE, task_file_of, task_of
-from infra.store.stored import Stored, read_stored, write_stored
-from tasks.lineage.held import held_by_check
 from tasks.spec import TaskFields, TaskSpec, parse, reading_the_task
 
-PAUSE = timedelta(seconds=60)
-"""Pause before the second try after a failure that may pass; see `growing_pause`."""
-MAX_DOUBLINGS = 6
-AHEAD = timedelta(minutes=1)
-"""Time by which a clock may run ahead without harm: what it dates is complete as much later."""
-MAX_READER_DEATHS = 2
-"""Tries of a file that ends the process that reads it. The first may have been for want of memory."""
-
-Outcome = Literal[
-    "promoted", "awaiting approval", "rollout", "rejected", "repeat", "skipped", "refused", "failed", "held", "requeued"
-]
-
-_states: dict[tuple[str, str], tuple[str, InboxState]] = {}
-"""States that this process has read, with their ETags, by the store's address and the lineage; see `known_state`."""
 _test_data: dict[tuple[str, str, str], str | None] = {}
 """What task files name as test rows, by the store's address, the task file's key and its ETag."""
-
-
-def growing_pause(num_before: int) -> timedelta:
-    """Return the pause after a try. It starts at a minute and doubles with every earlier try, up to about an hour."""
-    return PAUSE * (1 << min(num_before, MAX_DOUBLINGS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,154 +85,6 @@ class Arrival:
     def landed(self) -> datetime:
         """When the last of its files came into the inbox."""
         return max(info.landed or info.modified for info in self.files)
-
-
-class Handled(BaseModel, extra="forbid"):
-    """The result for one arrival. It is valid until the arrival changes or a failed one is tried again."""
-
-    etag: str
-    written: str = ""
-    content: str | None = None
-    """See `Arrival` for these."""
-    outcome: Outcome
-    message: str
-    version: str | None = None
-    num_tries: int = 1
-    beside: str = ""
-    """Stamp of the companions when the arrival was read."""
-    is_final: bool = False
-    """Whether a failed file would fail again, so that a watch does not try it again."""
-    num_reader_deaths: int = 0
-    """Number of the tries in which the file ended the process that read it."""
-    at: datetime
-    cancelled_run: str | None = None
-    """Id of the cancelled run that held the file; see `tasks.arrival_runs`."""
-
-    def is_of(self, arrival: Arrival) -> bool:
-        """Return whether the note is about this content. A restored backup has the same contents with other ETags."""
-        if self.etag == arrival.etag:
-            return True
-        return self.content is not None and self.written == arrival.written and self.content == arrival.content
-
-    def due(self) -> datetime | None:
-        """Return the time of the next try; None: a watch does not try the file again."""
-        is_hopeful = self.outcome == "failed" and not self.is_final
-        return self.at + growing_pause(self.num_tries - 1) if is_hopeful else None
-
-
-class InboxState(Stored):
-    """The arrivals that a lineage's watch has handled, by key."""
-
-    files: dict[str, Handled] = Field(default_factory=dict)
-
-    def is_open(self, arrival: Arrival, now: datetime, *, retry_now: bool) -> bool:
-        """Return whether the watch has to handle this content of an arrival.
-
-        An arrival whose hold a person ended is open too. A failed one may succeed with other companions. With
-        `retry_now`, a failed one is tried again without a pause.
-        """
-        handled = self.files.get(arrival.key)
-        if handled is None or not handled.is_of(arrival) or handled.outcome == "requeued":
-            return True
-        if handled.outcome in ("refused", "failed") and handled.beside != arrival.stamp:
-            return True
-        if handled.outcome == "failed" and retry_now:
-            return True
-        due = handled.due()
-        return due is not None and (now >= due or now < handled.at)  # the clock may have gone back
-
-    def record(
-        self,
-        arrival: Arrival,
-        outcome: Outcome,
-        message: str,
-        *,
-        now: datetime,
-        version: str | None = None,
-        is_final: bool = False,
-        has_killed_reader: bool = False,
-        cancelled_run: str | None = None,
-    ) -> Handled:
-        """Note the result for an arrival. One that has killed its reader MAX_READER_DEATHS times is refused."""
-        before = self.files.get(arrival.key)
-        if before and not (before.is_of(arrival) and (before.beside, before.outcome) == (arrival.stamp, "failed")):
-            before = None
-        num_deaths = (before.num_reader_deaths if before else 0) + has_killed_reader
-        if has_killed_reader and num_deaths >= MAX_READER_DEATHS:
-            outcome = "refused"
-            message = f"{message} It did so in {num_deaths} tries, so it is set aside until it changes."
-        handled = Handled(
-            etag=arrival.etag,
-            written=arrival.written,
-            content=arrival.content,
-            outcome=outcome,
-            message=message,
-            version=version,
-            num_tries=before.num_tries + 1 if before else 1,
-            beside=arrival.stamp,
-            is_final=is_final,
-            num_reader_deaths=num_deaths,
-            at=now,
-            cancelled_run=cancelled_run,
-        )
-        self.files[arrival.key] = handled
-        return handled
-
-    def noted_as(self, arrival: Arrival, outcome: Outcome) -> Handled | None:
-        """Return the note of an arrival if its content has this outcome, such as "held" or "requeued"."""
-        handled = self.files.get(arrival.key)
-        return handled if handled and handled.outcome == outcome and handled.is_of(arrival) else None
-
-    def gone(self, store: ObjectStore) -> list[str]:
-        """Return the keys of arrivals that are gone and whose notes have no version. Others name the arrival."""
-        return [key for key, note in self.files.items() if note.version is None and not find_landed(store, key)]
-
-
-def read_state(store: ObjectStore, lineage: str) -> InboxState:
-    """Read the state of a lineage's watch. A watch that never ran has an empty state."""
-    state = read_stored(
-        store,
-        keys.watch_key(lineage),
-        InboxState,
-        what="the state of a watch",
-        remedy="Restore it from a backup. Or hold the lineage, then delete it: what was learned is recognised, but "
-        "arrivals that were rejected or held are tried again.",
-    )
-    return state or InboxState()
-
-
-def known_state(store: ObjectStore, lineage: str) -> InboxState:
-    """Do the same as `read_state`, but read only what has changed: for callers that look often and change nothing."""
-    info = store.find(keys.watch_key(lineage))
-    if info is None:
-        return InboxState()
-    etag, state = _states.get((store.uri, lineage), ("", InboxState()))
-    if etag != info.etag:
-        state = read_state(store, lineage)
-        _states[store.uri, lineage] = info.etag, state  # a state written after `find` is read again at the next call
-    return state
-
-
-def recognise(store: ObjectStore, lineage: str, inbox: InboxLook, state: InboxState) -> InboxState:
-    """Return the state with the present ETags of arrivals that were copied, and note them: no copy is read twice."""
-    copied = [
-        (arrival, note)
-        for arrival in inbox.arrivals
-        if (note := state.files.get(arrival.key)) and note.etag != arrival.etag and note.is_of(arrival)
-    ]
-    if not copied:
-        return state
-    state = read_state(store, lineage)  # a command may have written the state meanwhile
-    for arrival, note in copied:
-        if state.files.get(arrival.key) == note:
-            state.files[arrival.key] = note.model_copy(update={"etag": arrival.etag})
-    write_state(store, lineage, state)
-    return state
-
-
-def write_state(store: ObjectStore, lineage: str, state: InboxState) -> None:
-    """Write the state of a lineage's watch."""
-    write_stored(store, keys.watch_key(lineage), state)
 
 
 def list_arrivals(listing: Iterable[ObjectInfo], test_data: Collection[str] = ()) -> list[Arrival]:
@@ -329,55 +156,20 @@ class InboxLook:
     """Oldest first."""
     misplaced: Mapping[str, str]
     """Keys in a wrong folder, with the problem of each."""
+    unread: frozenset[str] = frozenset()
+    """Tasks whose task file could not be read now, so their arrivals are not among these."""
+    at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    """When it began."""
 
     def of(self, tasks: Collection[str]) -> list[Arrival]:
         """Return the arrivals of these tasks, oldest first; without tasks: all arrivals."""
         return [arrival for arrival in self.arrivals if not tasks or task_of(arrival.key) in tasks]
 
-    def open_for(self, state: InboxState, tasks: Collection[str], *, retry_now: bool) -> list[Arrival]:
-        """Return the arrivals of these tasks that a lineage has to handle. For `retry_now` see `InboxState.is_open`."""
-        now = datetime.now(UTC)
-        return [arrival for arrival in self.of(tasks) if state.is_open(arrival, now, retry_now=retry_now)]
-
-
-class FirstLooks(Stored):
-    """When files of the inbox were seen first whose own time lies in the future, because a clock ran ahead."""
-
-    files: dict[str, tuple[str, datetime]] = Field(default_factory=dict)
-    """ETag and time of the first look, by key."""
-
-
-def _in_time(store: ObjectStore, listing: list[ObjectInfo]) -> list[ObjectInfo]:
-    """Return the files, with the time of the first look in place of a time that lies in the future.
-
-    Otherwise such a file would not be complete, and no waiting time would end, before its time has come.
-    """
-    now = datetime.now(UTC)
-    ahead = [info for info in listing if max(info.modified, info.landed or info.modified) > now + AHEAD]
-    if not ahead:
-        return listing
-    remedy = "Delete it: the present look is then the first one."
-    noted = read_stored(store, keys.FIRST_LOOKS_FILE, FirstLooks, what="the first looks at files", remedy=remedy)
-    before, looks = noted.files if noted else {}, dict[str, tuple[str, datetime]]()
-    for info in ahead:
-        etag, at = before.get(info.key, ("", now))
-        looks[info.key] = (info.etag, at if etag == info.etag and at <= now else now)
-    if looks != before:
-        with suppress(StoreError):  # `deal status` may have no right to write
-            write_stored(store, keys.FIRST_LOOKS_FILE, FirstLooks(files=looks))
-
-    def in_time(info: ObjectInfo) -> ObjectInfo:
-        _, at = looks[info.key]
-        landed = info.landed and min(info.landed, at)
-        return replace(info, modified=min(info.modified, at), landed=landed)
-
-    return [in_time(info) if info.key in looks else info for info in listing]
-
 
 def look(store: ObjectStore) -> InboxLook:
     """List the inbox once for all lineages. Each misplaced file is logged once."""
-    listing = _in_time(store, list(store.list(INBOX)))
-    test_data = set()
+    now, listing = datetime.now(UTC), list(store.list(INBOX))
+    test_data, unread = set[str](), set[str]()
     for info in [info for info in listing if info.key == task_file_of(info.key)]:
         place, task = (store.uri, info.key, info.etag), task_of(info.key)
         try:
@@ -386,89 +178,16 @@ def look(store: ObjectStore) -> InboxLook:
             name = None  # `task_spec` reports the error for every arrival of the task
         except StoreError as error:  # its test rows must not become an arrival
             store.warn_once(info.key, f"Task '{task}' learns nothing, as its task file cannot be read: {error}")
-            listing = [other for other in listing if task_of(other.key) != task]
+            unread.add(task)
             continue
         _test_data[place] = name
         test_data |= {f"{keys.inbox_folder(task)}/{name}"} if name else set()
+    listing = [info for info in listing if task_of(info.key) not in unread]
     problems = ((info.key, _misplacement(info.key, test_data)) for info in listing)
     misplaced = {key: problem for key, problem in problems if problem is not None}
     for key, problem in misplaced.items():
         store.warn_once(key, f"Skipped {key!r}: it {problem}.")
-    return InboxLook(tuple(list_arrivals(listing, test_data)), misplaced)
-
-
-class Settled(NamedTuple):
-    """A lineage's open arrivals: complete ones, oldest first, and those that may still be written."""
-
-    complete: list[Arrival]
-    growing: list[Arrival]
-
-
-def settle(
-    inbox: InboxLook,
-    state: InboxState,
-    tasks: Collection[str],
-    stamps: dict[str, str],
-    *,
-    settle_seconds: float,
-    retry_now: bool,
-) -> Settled:
-    """Return the arrivals of a look that a lineage has to handle. Without tasks, all tasks count.
-
-    A file is complete if it and its companions have not changed since the previous look, or for `settle_seconds`. So is
-    a folder with a file `_SUCCESS`. Another folder is complete if it has not changed for DEAL_INBOX_SETTLE_SECONDS,
-    because the pause between two of its files may be longer than that between two looks. `stamps` has the stamps of the
-    previous look by key; the call replaces them. For `retry_now` see `InboxState.is_open`.
-    """
-    settled, now, before = Settled([], []), datetime.now(UTC), dict(stamps)
-    quiet_seconds = InboxSettings().inbox_settle_seconds
-    stamps.clear()
-    for arrival in inbox.open_for(state, tasks, retry_now=retry_now):
-        waits = arrival.waits_for_quiet
-        own = arrival.landed if waits else arrival.modified
-        changed = max([own, *(info.modified for info in arrival.companions)])
-        stamps[arrival.key] = f"{arrival.etag} {arrival.stamp}".strip()
-        is_old = now - changed.astimezone(UTC) >= timedelta(seconds=quiet_seconds if waits else settle_seconds)
-        is_same = not waits and before.get(arrival.key) == stamps[arrival.key]
-        (settled.complete if is_old or is_same else settled.growing).append(arrival)
-    return settled
-
-
-class HeldArrival(BaseModel, frozen=True):
-    """An arrival that waits for `deal data release`: a run was cancelled, or labels disagree with the champion."""
-
-    key: str
-    """The arrival, as inbox/TASK/FILE; the address of a file that was learned from elsewhere."""
-    task: str
-    why: str
-
-    def line(self, lineage: str) -> str:
-        """Return it in one line, with the command that lets it go on."""
-        command = f"deal data release {shlex.quote(self.key)} --lineage {lineage}"
-        return f"{self.key} is held: {self.why} Let it go on with: {command}"
-
-
-def held_arrivals(inbox: InboxLook, state: InboxState, tasks: Collection[str] = ()) -> tuple[HeldArrival, ...]:
-    """Return the arrivals of these tasks that are held, oldest first; without tasks: all of them."""
-    notes = ((arrival.key, state.noted_as(arrival, "held")) for arrival in inbox.of(tasks))
-    return tuple(HeldArrival(key=key, task=task_of(key), why=note.message) for key, note in notes if note)
-
-
-def find_held(store: ObjectStore, lineage: str) -> tuple[HeldArrival, ...]:
-    """Return all held arrivals of a lineage: those of the inbox, then files from elsewhere, each oldest first."""
-    state = read_state(store, lineage)
-    is_held = any(note.outcome == "held" for note in state.files.values())
-    return (*(held_arrivals(look(store), state) if is_held else ()), *held_elsewhere(store, lineage))
-
-
-def held_elsewhere(store: ObjectStore, lineage: str) -> tuple[HeldArrival, ...]:
-    """Return the held arrivals whose files are not in the inbox, oldest first."""
-    return tuple(
-        HeldArrival(key=name, task=held.task, why=held.why)
-        for held in held_by_check(store, lineage)
-        for name in held.names
-        if not name.startswith(f"{INBOX}/")
-    )
+    return InboxLook(tuple(list_arrivals(listing, test_data)), misplaced, frozenset(unread), now)
 
 
 def task_spec(store: ObjectStore, *arrivals: str) -> TaskSpec:

@@ -27,7 +27,7 @@ from deal_core.safe_text import printable, printable_json, without_known_secrets
 
 if TYPE_CHECKING:
     from flows.adapt import AdaptResult, Scores
-    from tasks.inbox import HeldArrival
+    from tasks.arrivals import HeldArrival
     from tasks.references import Contradiction
 
 WIDTH = 120

@@ -73,7 +73,7 @@ def release(
     lineage: Lineage = "",
 ) -> CommandResult[ReleasedArrivals]:
     """Let arrivals go on that are held: their run was cancelled, or their labels disagree with the champion."""
-    from tasks.arrival_runs import release as release_arrivals
+    from tasks.arrivals import release as release_arrivals
 
     if all_ == bool(arrivals):
         raise ConfigError("Name the held arrivals (deal status lists them), or give --all.")

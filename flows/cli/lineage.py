@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from infra.branches import KnownBranch
     from tasks.lineage.consolidation import ConsolidationPlan
     from tasks.lineage.requests import LabelsResult, RenewalResult
-    from tasks.lineage.settings import WatchedLineage
+    from tasks.lineage.settings import LineageWithPause
 
 lineage_app = typer.Typer(help="Lineages that learn from the inbox.", no_args_is_help=True)
 task_app = typer.Typer(help="Add labels or renew the test rows of a task.", no_args_is_help=True)
@@ -63,12 +63,12 @@ def apply(
 
 
 @command(lineage_app, "reading", "deal lineage list", "deal lineage list --json", name="list", works_without_home=True)
-def list_(deal: Session) -> CommandResult[list[WatchedLineage]]:
+def list_(deal: Session) -> CommandResult[list[LineageWithPause]]:
     """List the lineages that learn from the inbox."""
     from infra.versions import Versions
-    from tasks.lineage.settings import list_lineages, list_settings
+    from tasks.lineage.settings import list_lineages, list_settings, with_pause
 
-    lineages = list_lineages(deal.store)
+    lineages = [with_pause(deal.store, lineage) for lineage in list_lineages(deal.store)]
     shown = [
         f"{lineage.lineage}: {', '.join(lineage.tasks) or 'every task'}"
         + (f" (paused: {lineage.held})" if lineage.held else "")
@@ -96,21 +96,21 @@ def pause(
     deal: Session,
     lineage: LineageName,
     reason: Annotated[str, reason_option("people who look at the lineage")] = "by command",
-) -> CommandResult[WatchedLineage]:
+) -> CommandResult[LineageWithPause]:
     """Pause a lineage. A running training finishes; new files wait until `resume`."""
-    from tasks.lineage.settings import hold_lineage_file
+    from tasks.lineage.settings import pause_lineage
 
-    paused = hold_lineage_file(deal.store, lineage, reason)
+    paused = pause_lineage(deal.store, lineage, reason)
     shown = f"{lineage} is paused: {reason}. Let it learn again with: deal lineage resume {lineage}."
     return CommandResult(paused, [escape(shown)])
 
 
 @command(lineage_app, "reading", "deal lineage resume bank", "deal lineage resume bank --json", works_without_home=True)
-def resume(deal: Session, lineage: LineageName) -> CommandResult[WatchedLineage]:
+def resume(deal: Session, lineage: LineageName) -> CommandResult[LineageWithPause]:
     """Let a paused lineage learn again. Files that landed meanwhile are learned."""
-    from tasks.lineage.settings import hold_lineage_file
+    from tasks.lineage.settings import pause_lineage
 
-    resumed = hold_lineage_file(deal.store, lineage, None)
+    resumed = pause_lineage(deal.store, lineage, None)
     return CommandResult(resumed, [escape(f"{lineage} learns what lands.")])
 
 
@@ -210,13 +210,13 @@ def branch(
 
 
 @command(lineage_app, "reading", "deal lineage show bank", "deal lineage show bank --json", works_without_home=True)
-def show(deal: Session, lineage: LineageName) -> CommandResult[WatchedLineage]:
+def show(deal: Session, lineage: LineageName) -> CommandResult[LineageWithPause]:
     """Show a lineage's settings: those of its file, and the defaults of all others."""
     import yaml
 
-    from tasks.lineage.settings import read_lineage
+    from tasks.lineage.settings import read_lineage, with_pause
 
-    settings = read_lineage(deal.store, lineage)
+    settings = with_pause(deal.store, read_lineage(deal.store, lineage))
     return CommandResult(settings, [escape(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False).rstrip())])
 
 

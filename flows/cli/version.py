@@ -80,8 +80,9 @@ def list_versions(
     | Annotated[MatrixJson, "with --matrix"]
 ]:
     """List a lineage's versions: task, scores, the gate's decision, aliases. With --at: the champion at that time."""
+    from infra.lineage_state import read_state
     from infra.promotions import PromotionLog
-    from tasks.inbox import find_held
+    from tasks.arrivals import held_arrivals
     from tasks.lineage.history import NoVersionError, find_version, read_history
     from tasks.lineage.record import read_record
 
@@ -97,7 +98,7 @@ def list_versions(
     if moves:
         log = PromotionLog(deal.store).moves(lineage)
         return CommandResult(log, [heading(f"Moves of {lineage}"), _moves(log)])
-    held, limit = find_held(deal.store, lineage), 0 if deal.screen.as_json else newest
+    held, limit = held_arrivals(read_state(deal.store, lineage)), 0 if deal.screen.as_json else newest
     try:
         entries = read_history(lineage, limit + 1 if limit else None)
     except NoVersionError:
@@ -341,12 +342,13 @@ def requeue(
 ) -> CommandResult[list[LeftBehind] | Annotated[list[AdaptResult], "with versions or --all"]]:
     """List the arrivals that a rollback left behind, or learn them again."""
     from flows.requeue import requeue as requeue_flow
-    from tasks.inbox import find_held
+    from infra.lineage_state import read_state
+    from tasks.arrivals import held_arrivals
     from tasks.lineage.promotion import find_left_behind
 
     if not (all_ or versions):
         left_behind = find_left_behind(lineage)
-        held = show_held(lineage, find_held(deal.store, lineage))
+        held = show_held(lineage, held_arrivals(read_state(deal.store, lineage)))
         return CommandResult(list(left_behind), [*_show_left_behind(lineage, left_behind), *held])
     if all_ and versions:
         raise ConfigError("Give either versions or --all, not both.")

@@ -2,7 +2,8 @@
 
     a run sends no heartbeat (machine lost, worker killed)  → Crashed, by `silent runs`
     a worker took a run and did not start it                → Crashed, by `runs that never began`
-    a run that learns or watches has crashed                → scheduled again, by `crashed runs`, at most three times
+    a run of one file, or one that watches, has crashed     → scheduled again, by `crashed runs`, at most three times
+    a run that learns what has landed has crashed           → `flows.sensor` starts another one
 
 A run that is scheduled again keeps its id and continues from its last checkpoint.
 
@@ -25,7 +26,6 @@ from prefect.exceptions import ObjectNotFound
 
 from deal_core.errors import ConfigError
 from infra.settings import NoticeSettings
-from tasks.arrival_runs import LANDED
 from tasks.notices import EVENTS, Kind
 
 Resources = dict[str, str | list[str]]
@@ -36,8 +36,9 @@ RUNS: Resources = {"prefect.resource.id": "prefect.flow-run.*"}
 RUN = {"prefect.resource.id"}
 """A trigger looks at each run separately."""
 OURS: Resources = {"prefect.resource.id": "prefect.tag.deal", "prefect.resource.role": "tag"}
-RETURNING = ["adapt", "adapt-file", "watch-inbox"]
-"""Deployments whose runs can start again, because a repetition changes nothing. A rollback cannot."""
+RETURNING = ["adapt-file", "watch-inbox"]
+"""Deployments whose runs can start again, because a repetition changes nothing. A rollback cannot. Instead of a run of
+`adapt` the sensor starts another one."""
 THEIRS: Resources = {"prefect.resource.role": "deployment", "prefect.resource.name": RETURNING}
 SILENT = timedelta(seconds=90)
 """Time of three heartbeats. prefect.yaml sets PREFECT_FLOWS_HEARTBEAT_FREQUENCY to 30 s."""
@@ -172,7 +173,7 @@ def notifications(block_id: UUID | None) -> list[AutomationCore]:
     # not the notifying automations: one with a broken block would notify of its own failure without end
     working: Resources = {
         "prefect.resource.id": "prefect.automation.*",
-        "prefect.resource.name": [LANDED, *(automation.name for automation in automations(NEVER_BEGAN))],
+        "prefect.resource.name": [automation.name for automation in automations(NEVER_BEGAN)],
     }
     return [
         *(

@@ -16,7 +16,7 @@ import prefect
 import yaml
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
-from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName, DeploymentFilterTags
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 from prefect.utilities.schema_tools.validation import validate
@@ -27,7 +27,6 @@ from deal_core.errors import ConfigError, DealError
 from deal_core.limits import require
 from deal_core.safe_text import without_secrets
 from flows.server.automations import NEVER_BEGAN, PROCESS_NEVER_BEGAN, apply_automations, apply_notifications
-from tasks.arrival_runs import LANDED, learning_deployment
 from tasks.context import current_store
 
 PoolType = Literal["process", "docker", "kubernetes"]
@@ -85,11 +84,9 @@ async def deploy_all(
             await client.update_work_pool(GPU_POOL, WorkPoolUpdate(concurrency_limit=num_trainings))
         await apply_automations(client, PROCESS_NEVER_BEGAN if gpu_pool_type == "process" else NEVER_BEGAN)
         await apply_notifications(client)
-        landed = await client.read_automations_by_name(LANDED)
         ours_alone = DeploymentFilter(tags=DeploymentFilterTags(all_=["deal"]))
         deployments = await client.read_deployments(deployment_filter=ours_alone)
-    paused = {automation.name for automation in landed if not automation.enabled}
-    paused |= {deployment.name for deployment in deployments if deployment.paused}
+    paused = {deployment.name for deployment in deployments if deployment.paused}
     _deploy_file(home, paused)
     await Variable.aset(STORE_VARIABLE, ours["store"], overwrite=True)
 
@@ -99,7 +96,8 @@ async def _require_own(client: PrefectClient, ours: dict[str, str]) -> None:
 
     Prefect keeps the home as the working directory of each run.
     """
-    deployments = await client.read_deployments(deployment_filter=learning_deployment())
+    ours_alone = DeploymentFilter(name=DeploymentFilterName(any_=["adapt"]), tags=DeploymentFilterTags(all_=["deal"]))
+    deployments = await client.read_deployments(deployment_filter=ours_alone)
     steps = [step for deployment in deployments for step in deployment.pull_steps or ()]
     homes = [str(settings["directory"]) for step in steps for settings in step.values() if "directory" in settings]
     if not homes:
@@ -119,16 +117,11 @@ async def _require_own(client: PrefectClient, ours: dict[str, str]) -> None:
 
 
 def _deploy_file(home: Path, paused: Collection[str]) -> None:
-    """Deploy prefect.yaml. What a person has paused stays paused: deployments, and the automation for landed files.
-
-    Prefect would enable them, unless the file says otherwise.
-    """
+    """Deploy prefect.yaml. Deployments that a person has paused stay paused; Prefect would enable them."""
     content = yaml.safe_load(prefect_file().read_text(encoding="utf-8"))
     for deployment in content["deployments"]:
         if deployment["name"] in paused:
             deployment["paused"] = True
-        for trigger in deployment.get("triggers", []):
-            trigger["enabled"] = trigger["name"] not in paused
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "prefect.yaml"
         file.write_text(yaml.safe_dump(content), encoding="utf-8")

@@ -21,23 +21,24 @@ from deal_core.errors import DealError, in_one_line
 from deal_core.safe_text import without_secrets
 from flows.server.local_processes import read_stack
 from infra.branches import Branches
+from infra.lineage_state import Batch, LineageState, read_ended, read_state
 from infra.mirror_note import waiting as missing_in_mlflow
 from infra.promotions import PromotionLog
 from infra.run_journal import RunJournal
 from infra.store.base import ObjectStore
 from infra.store.keys import INBOX
 from infra.versions import Version, Versions, champion_of
+from tasks.arrival_states import is_of
+from tasks.arrivals import HeldArrival, held_arrivals, plan_now, sense_inbox
 from tasks.context import current_store, lineages_at_work
 from tasks.housekeeping.damage import find_damage
-from tasks.inbox import Handled, HeldArrival, InboxLook, held_arrivals, held_elsewhere, look, read_state
+from tasks.inbox import InboxLook, look
 from tasks.lineage.consolidation import why_due
 from tasks.lineage.history import known_lineages
 from tasks.lineage.record import LineageRecord, read_record
 from tasks.lineage.retrain import Waiting
 from tasks.lineage.settings import WatchedLineage, read_lineages
 from tasks.lineage.version_files import require_undamaged_adapter
-from tasks.monitoring.state import read_monitor_state
-from tasks.waiting import plan
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
@@ -200,9 +201,11 @@ def _lineage(
     with noting_damage():
         versions = Versions(store).all(name)
     champion = champion_of(versions)
-    status = LineageStatus(
-        lineage=name, champion=champion.version if champion else None, held=watched.held if watched else None
-    )
+    status = LineageStatus(lineage=name, champion=champion.version if champion else None)
+    state: LineageState | None = None
+    with noting_damage():
+        state = read_state(store, name)
+        status.held = state.paused
     if watched is not None:
         status.budget_points = watched.gate.max_total_drop_points
         with noting_damage():
@@ -220,10 +223,9 @@ def _lineage(
             status.run = _run_of(store, name)
     with noting_damage():
         status.mlflow_waiting = missing_in_mlflow(store, name)
-    with noting_damage():
-        looked = read_monitor_state(store, name)
-        if looked is not None and champion is not None and looked.version == champion.version:
-            status.monitor = looked.line()
+    looked = state.monitor if state else None
+    if looked is not None and champion is not None and looked.version == champion.version:
+        status.monitor = looked.line()
     with noting_damage():
         opened = PromotionLog(store).open_rollout(name)
         if opened is not None:
@@ -236,25 +238,39 @@ def _lineage(
         newest = versions[-1]
         why = "A person refused it." if newest.accepted else " ".join(newest.reasons)
         status.rejected = f"version {newest.version} ({newest.task}) was rejected: {why}"
-    with noting_damage():
-        status.held_arrivals = held_elsewhere(store, name)
-    if watched is not None:
+    if watched is not None and state is not None:
         with noting_damage():
-            state = read_state(store, name)
-            still_open = inbox.open_for(state, watched.tasks, retry_now=False)
-            status.num_open = len(still_open)
-            status.failed = tuple(
-                f"{info.key}: {_reason(handled)}"
-                for info in inbox.of(watched.tasks)
-                if (handled := state.files.get(info.key))
-                and handled.outcome in ("refused", "failed")
-                # otherwise another file is there, or this one is to be tried with other test rows
-                and handled.is_of(info)
-                and handled.beside == info.stamp
+            state = sense_inbox(store, watched, inbox, 0.0, is_reader=True)
+            present = {arrival.key: arrival for arrival in inbox.of(watched.tasks)}
+            now = datetime.now(UTC)
+            status.num_open = sum(
+                note.state in ("landed", "waiting", "claimed")
+                or (note.state == "failed" and (batch := state.batch(note.batch)) is not None and batch.is_due(now))
+                for key, note in state.arrivals.items()
+                if key in present
             )
-            status.held_arrivals += held_arrivals(inbox, state, watched.tasks)
-            if watched.held is None:
-                status.waiting = plan(store, watched, inbox, state, still_open, datetime.now(UTC)).waiting
+            failed = {
+                key: f"{key}: {_reason(note.why, batch)}"
+                for key, note in state.arrivals.items()
+                if note.state == "failed" and key in present and (batch := state.batch(note.batch)) is not None
+            }
+            failed |= {
+                key: f"{key}: {end.message} (Refused until the file, its task.yaml or its test rows change.)"
+                for key, end in read_ended(store, name).items()
+                # otherwise another file is there, or this one is to be tried with other test rows
+                if end.outcome == "refused" and key in present and key not in state.arrivals
+                if is_of(end, present[key])
+            }
+            status.failed = tuple(failed[key] for key in present if key in failed)  # in the order of the inbox
+            if state.paused is None:
+                status.waiting = plan_now(store, watched, state).waiting
+    if state is not None:
+        own = watched.tasks if watched is not None else ()  # empty: all
+        status.held_arrivals = tuple(
+            arrival
+            for arrival in held_arrivals(state)
+            if not own or arrival.task in own or arrival.key not in state.arrivals
+        )
     # several of the looks above may find the same damage
     damaged += [f"Lineage {name}: {problem}" for problem in dict.fromkeys(problems)]
     return status
@@ -268,17 +284,11 @@ def _run_of(store: ObjectStore, lineage: str) -> str:
     return f"a run learns {run.task} ({run.num_rows['train']} training rows) since {run.started:%Y-%m-%d %H:%M} UTC"
 
 
-def _reason(handled: Handled) -> str:
-    """Return the reason why a file was refused or failed, and the condition for a new try."""
-    if handled.is_final:
-        return handled.message  # contains the condition
-    due = handled.due()
-    opens = (
-        f"Failed {handled.num_tries} times; it is tried again from {due:%Y-%m-%d %H:%M} UTC on"
-        if due
-        else "Refused until the file, its task.yaml or its test rows change"
-    )
-    return f"{handled.message} ({opens}.)"
+def _reason(why: str, batch: Batch) -> str:
+    """Return the reason why an arrival failed, and the condition for a new try."""
+    if batch.due is None:
+        return why  # contains the condition
+    return f"{why} (Failed {batch.num_failed} times; it is tried again from {batch.due:%Y-%m-%d %H:%M} UTC on.)"
 
 
 def may_name_a_server(environment: Mapping[str, str] = os.environ) -> bool:

@@ -20,20 +20,13 @@
     mlflow/LINEAGE.json                       what MLflow has of the lineage
     mlflow/LINEAGE/RUN.forget                 a run whose rows are still to be removed from MLflow
     lineages/LINEAGE.yaml                     the stored settings of a lineage
-    labels/LINEAGE/TASK.json                  labels that were added by command
-    renewals/LINEAGE/TASK.json                a request for new test rows
-    watch/LINEAGE.json                        arrivals that a watch has handled
-    held/LINEAGE/TASK/DIGEST.json             an arrival that the arrival check holds, or that was let go on
-    landed/LINEAGE/DIGEST.json                announcements of an arrival to the lineage
-    batches/LINEAGE/TASK.json                 the files that are learned together now
-    counts/TASK.json                          the numbers of rows of files that wait in the inbox
-    first_looks.json                          when files were seen first whose own time lies in the future
+    lineages/LINEAGE.state.json               all that changes of a lineage, see `infra.lineage_state`
+    arrivals/LINEAGE/YEAR.json                the arrivals of the inbox that ended in a year
     forgotten/TASK/SHA256.json                tombstones of forgotten arrivals
     deleted_inputs/TASK/SHA256.parquet        digests of the inputs of their rows
     predictions/LINEAGE/DAY/BATCH.parquet     the prediction log
     feedback/LINEAGE/DAY/BATCH.parquet        right answers to rows of the prediction log, or whether they were right
     harvests/LINEAGE/TASK.json                the feedback that has become rows of an arrival
-    monitor/LINEAGE.json                      the last look at a lineage's live traffic, and its open alarms
     monitor/LINEAGE/VERSION.parquet           live rows that later looks compare with, as numbers only
 
 SHA256 is the digest of an arrival's good rows, FILES the digests of its files, SCHEMA that of the task, RUN the first
@@ -56,15 +49,13 @@ ADAPTERS = "adapters"
 VERSIONS = "versions"
 PROMOTIONS = "promotions"
 LINEAGES = "lineages"
-WATCH = "watch"
-HELD = "held"
+ARRIVALS = "arrivals"
 FORGOTTEN = "forgotten"
 DELETED_INPUTS = "deleted_inputs"
 PREDICTIONS = "predictions"
 FEEDBACK = "feedback"
 
 FORMAT_FILE = "format.json"
-FIRST_LOOKS_FILE = "first_looks.json"
 TASK_FILE = "task.yaml"
 REFUSED_FILES = ".files.json"
 """End of the key of `refused_files_key`."""
@@ -92,7 +83,6 @@ OfNumber = Callable[[str, int], str]
 """From a lineage and a number. The keys sort by number."""
 
 inbox_folder: OfTask = "inbox/{}".format
-counts_key: OfTask = "counts/{}.json".format
 dataset_folder: OfRows = "datasets/{}/{}".format
 """All datasets with the same rows."""
 dataset_uri: Callable[[str, str, str, str], str] = "datasets/{}/{}/{}/{:.16}".format
@@ -135,16 +125,10 @@ mlflow_forget_folder: OfLineage = "mlflow/{}".format
 mlflow_forget_key: OfRun = "mlflow/{}/{:.16}.forget".format
 
 settings_key: OfLineage = "lineages/{}.yaml".format
-labels_key: OfLineageAndTask = "labels/{}/{}.json".format
-renewal_key: OfLineageAndTask = "renewals/{}/{}.json".format
-watch_key: OfLineage = "watch/{}.json".format
-landed_key: Callable[[str, str], str] = "landed/{}/{:.32}.json".format
-"""The announcement of an arrival, from the lineage and the digest of the arrival's key, content and companions."""
-held_folder: OfLineage = "held/{}".format
-held_key: Callable[[str, str, str], str] = "held/{}/{}/{:.32}.json".format
-"""From the lineage, the task and the digest of the names of its files."""
-batch_folder: OfLineage = "batches/{}".format
-batch_key: OfLineageAndTask = "batches/{}/{}.json".format
+state_key: OfLineage = "lineages/{}.state.json".format
+ended_folder: OfLineage = "arrivals/{}".format
+ended_key: Callable[[str, int], str] = "arrivals/{}/{}.json".format
+"""The arrivals that ended in a year, from the lineage and the year."""
 
 fingerprint_key: Callable[[str, str], str] = "base_models/{}.{}.json".format
 """From the digest of a base model, and its quantization."""
@@ -157,7 +141,6 @@ log_folder: Callable[[str, str], str] = "{}/{}".format
 log_day_folder: Callable[[str, str, date], str] = "{}/{}/{}".format
 """From the log, the lineage and the day."""
 harvest_key: OfLineageAndTask = "harvests/{}/{}.json".format
-monitor_key: OfLineage = "monitor/{}.json".format
 baseline_folder: OfLineage = "monitor/{}".format
 baseline_key: Callable[[str, str], str] = "monitor/{}/{}.parquet".format
 """The live rows that later looks compare with, from the lineage and the version."""
@@ -169,7 +152,7 @@ def file_name(key: str) -> str:
 
 
 def lineage_of(key: str) -> str:
-    """Return the lineage of a key in `adapters/`, `runs/`, `versions/`, `promotions/` or `held/`."""
+    """Return the lineage of a key in `adapters/`, `runs/`, `versions/`, `promotions/` or `arrivals/`."""
     return key.split("/")[1]
 
 
@@ -307,11 +290,6 @@ def version_number(key: str) -> str:
         '12'
     """
     return file_name(key).partition(".")[0].lstrip("0")
-
-
-def lineage_of_watch(key: str) -> str:
-    """Return the lineage of a key in `watch/`."""
-    return file_name(key).removesuffix(".json")
 
 
 def log_key(log: str, lineage: str, written: datetime) -> str:

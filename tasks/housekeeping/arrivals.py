@@ -18,12 +18,15 @@ from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.schema import DatasetManifest
 from deal_core.errors import ConfigError
 from infra.deleted_inputs import UnknownRows
+from infra.lineage_state import EndedArrival, lineages_with_state, read_ended, read_state
 from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectStore
 from infra.versions import ArrivalDigests, Version, Versions
+from tasks.arrival_states import is_of
+from tasks.arrivals import held_arrivals
 from tasks.data_files import local_files
 from tasks.housekeeping.garbage import list_all_lineages
-from tasks.inbox import Handled, find_held, find_landed, list_arrivals, read_state
+from tasks.inbox import find_landed, list_arrivals
 from tasks.landed_inputs import inputs_of_dataset, inputs_of_file
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.tombstones import Tombstone, find_tombstone
@@ -44,16 +47,16 @@ class KnownArrival(ArrivalDigests, frozen=True):
         return (self.sha256, *self.splits)
 
     def inbox_files(self, store: ObjectStore) -> list[ObjectInfo]:
-        """Return the arrival's files in the inbox, found by their bytes or by the state of a watch.
+        """Return the arrival's files in the inbox, found by their bytes or by how they ended.
 
         Of a folder that is the arrival they are all files, also those that are not read: engines keep rows in some.
         """
-        handled = [file for file in _handled(store, self.task) if file.sha256 in self.sha256s]
+        handled = [file for file in _learned(store, self.task) if file.sha256 in self.sha256s]
         listing = list(store.list(keys.inbox_folder(self.task)))
         own = {
             info.key
             for info in list_arrivals(listing)
-            if info.key == self.key or any(file.key == info.key and file.note.is_of(info) for file in handled)
+            if info.key == self.key or any(file.key == info.key and is_of(file.note, info) for file in handled)
         }
         return [
             info
@@ -144,7 +147,7 @@ def _by_key(store: ObjectStore, key: str) -> KnownArrival:
     sha256s = {
         sha256 for sha256, manifest in manifests_of(store, task) if landed and landed.keys() <= set(manifest.files)
     }
-    sha256s |= {file.sha256 for file in _handled(store, task) if file.key == arrival}
+    sha256s |= {file.sha256 for file in _learned(store, task) if file.key == arrival}
     if not sha256s and not landed:  # it may have been deleted, and the same call is given again
         sha256s = {tombstone.sha256 for tombstone in _tombstones(store, task) if arrival in tombstone.inbox_keys}
     if not sha256s and not landed:
@@ -216,20 +219,19 @@ def _tombstones(store: ObjectStore, task: str | None = None) -> Iterator[Tombsto
             yield tombstone
 
 
-class _Handled(NamedTuple):
+class _Learned(NamedTuple):
     key: str
-    note: Handled
+    note: EndedArrival
     sha256: str
 
 
-def _handled(store: ObjectStore, task: str) -> Iterator[_Handled]:
-    """The datasets that watches made from a task's files."""
-    for info in store.list(keys.WATCH):
-        lineage = keys.lineage_of_watch(info.key)
+def _learned(store: ObjectStore, task: str) -> Iterator[_Learned]:
+    """The datasets that were made from a task's files in the inbox."""
+    for lineage in {keys.lineage_of(info.key) for info in store.list(keys.ARRIVALS)}:
         sha256_of = {version.version: version.dataset_sha256 for version in Versions(store).all(lineage)}
-        for key, handled in read_state(store, lineage).files.items():
-            if keys.task_of(key) == task and handled.version in sha256_of:
-                yield _Handled(key, handled, sha256_of[handled.version])
+        for key, end in read_ended(store, lineage).items():
+            if keys.task_of(key) == task and end.version in sha256_of:
+                yield _Learned(key, end, sha256_of[end.version])
 
 
 def _digests_below(store: ObjectStore, key: str) -> dict[str, None]:
@@ -350,8 +352,6 @@ def list_data(store: ObjectStore) -> list[ListedArrival]:
                 state=tombstone.said if tombstone else state,
             )
         )
-    holding = {keys.lineage_of_watch(info.key) for info in store.list(keys.WATCH)}
-    holding |= {keys.lineage_of(info.key) for info in store.list(keys.HELD)}
     held = {
         arrival.key: ListedArrival(
             name=arrival.key,
@@ -359,7 +359,7 @@ def list_data(store: ObjectStore) -> list[ListedArrival]:
             task=arrival.task,
             state=f"held for {lineage}: {arrival.why}",
         )
-        for lineage in sorted(holding)
-        for arrival in find_held(store, lineage)
+        for lineage in lineages_with_state(store)
+        for arrival in held_arrivals(read_state(store, lineage))
     }
     return arrivals + [held[key] for key in sorted(held)]

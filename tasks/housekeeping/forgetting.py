@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 from deal_core.adapter.files import METHOD_FILES, METHOD_TENSORS_FILE
 from deal_core.errors import StoreError
 from infra.deleted_inputs import UnknownRows, read_deleted
+from infra.lineage_state import EndedArrival, LineageState, lineages_with_state, rewrite_ended, update
 from infra.predictions import answers_to, forget_answers
 from infra.report.run_report import EVALUATION_FILE, LIVE_FILE
 from infra.run_journal import RunJournal
@@ -35,7 +36,6 @@ from tasks.housekeeping.garbage import (
     local_folder,
     remove_local,
 )
-from tasks.inbox import read_state, write_state
 from tasks.lineage.frozen_rows import ANSWERS_FILE, forget_answers_to_tests, has_others, read_test_rows
 from tasks.lineage.record import RECORD_FILE, LineageRecord, read_record
 from tasks.lineage.tombstones import find_tombstone
@@ -340,15 +340,23 @@ def forget_held(store: ObjectStore, plan: ForgetPlan) -> None:
         store.delete(keys.dataset_folder(plan.task, sha256))
 
 
-def silence_watches(store: ObjectStore, landed: Collection[str], said: str) -> None:
-    """Replace the messages of watches about these files by `said`. A message may quote bad rows."""
-    for info in list(store.list(keys.WATCH)):
-        lineage = keys.lineage_of_watch(info.key)
-        state = read_state(store, lineage)
-        files = {key: state.files[key] for key in landed if key in state.files}
-        if files:
-            state.files.update({key: handled.model_copy(update={"message": said}) for key, handled in files.items()})
-            write_state(store, lineage, state)
+def silence_notes(store: ObjectStore, landed: Collection[str], said: str) -> None:
+    """Note that these files are deleted, in place of what was noted about them. A message may quote bad rows."""
+
+    def silence(key: str, end: EndedArrival) -> EndedArrival:
+        return end.model_copy(update={"outcome": "deleted", "message": said}) if key in landed else end
+
+    def silence_open(state: LineageState) -> LineageState:
+        arrivals = {
+            key: note.model_copy(update={"why": said}) if key in landed and note.why else note
+            for key, note in state.arrivals.items()
+        }
+        return state.model_copy(update={"arrivals": arrivals})
+
+    for lineage in sorted({keys.lineage_of(info.key) for info in store.list(keys.ARRIVALS)}):
+        rewrite_ended(store, lineage, silence)
+    for lineage in lineages_with_state(store):
+        update(store, lineage, silence_open)
 
 
 def _method_rows(

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from deal_core.errors import RegistryError
 from infra.branches import Acceptance, Branch, Branches
+from infra.lineage_state import read_state
 from infra.promotions import Change, PromotionLog
 from infra.store.base import ObjectStore
 from infra.versions import Version
 from tasks.lineage.history import find_version
 from tasks.lineage.promotion import move_champion
-from tasks.lineage.settings import why_held
 from tasks.notices import Notice, announce
 
 
@@ -47,8 +47,8 @@ def require_no_branch(store: ObjectStore, lineage: str) -> None:
 
 def why_waiting(store: ObjectStore, lineage: str) -> str | None:
     """Return why a lineage learns nothing that lands, and what to do; None: it learns."""
-    if (held := why_held(store, lineage)) is not None:
-        return f"it is paused ({held}); it goes on with: deal lineage resume {lineage}"
+    if (paused := read_state(store, lineage).paused) is not None:
+        return f"it is paused ({paused}); it goes on with: deal lineage resume {lineage}"
     branch = Branches(store).open(lineage)
     return None if branch is None else branch.why_waiting
 

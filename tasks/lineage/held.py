@@ -6,30 +6,15 @@ is checked anew. The note has no text of a row.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
+from infra.lineage_state import HeldByCheck, LineageState, read_state, update
 from infra.store import keys
 from infra.store.base import ObjectStore
-from infra.store.stored import Stored, read_stored, write_stored
 from tasks.references import DatasetRef
 from tasks.spec import TaskSpec
-
-
-class HeldByCheck(Stored):
-    """An arrival whose labels disagree with the champion."""
-
-    task: str
-    names: tuple[str, ...]
-    """Its files as `deal data release` calls them; see `name_of`."""
-    landed_sha256: str
-    """Digest of its rows."""
-    why: str
-    at: datetime
-    released: datetime | None = None
-    """When a person let it go on; None: it waits."""
 
 
 def name_of(store: ObjectStore, address: str) -> str:
@@ -54,43 +39,38 @@ def hold(store: ObjectStore, lineage: str, task: TaskSpec, dataset: DatasetRef, 
         why=why,
         at=datetime.now(UTC),
     )
-    write_stored(store, _key(lineage, held.task, held.names), held)
+    update(store, lineage, lambda state: _without(state, held.task, held.names, held))
     return held
 
 
 def is_released(store: ObjectStore, lineage: str, task: TaskSpec, dataset: DatasetRef) -> bool:
     """Return whether a person has let these rows go on."""
-    held = _read(store, _key(lineage, task.name, names_of(store, task)))
-    return held is not None and held.released is not None and held.landed_sha256 == dataset.landed_sha256
+    names = names_of(store, task)
+    return any(
+        (held.task, held.names, held.landed_sha256) == (task.name, names, dataset.landed_sha256) and held.released
+        for held in read_state(store, lineage).held
+    )
 
 
-def let_go(store: ObjectStore, lineage: str, held: HeldByCheck) -> None:
-    """Note that a person lets an arrival go on."""
-    released = held.model_copy(update={"released": datetime.now(UTC)})
-    write_stored(store, _key(lineage, held.task, held.names), released)
+def release_checked(state: LineageState, arrivals: Sequence[HeldByCheck]) -> LineageState:
+    """Let arrivals go on."""
+    now = datetime.now(UTC)
+    held = tuple(each.model_copy(update={"released": now}) if each in arrivals else each for each in state.held)
+    return state.model_copy(update={"held": held})
 
 
 def end_hold(store: ObjectStore, lineage: str, task: TaskSpec) -> None:
     """Delete the note about an arrival, which is over: a version has learned what lies there now."""
-    store.delete(_key(lineage, task.name, names_of(store, task)))
+    names = names_of(store, task)
+    update(store, lineage, lambda state: _without(state, task.name, names))
 
 
-def held_by_check(store: ObjectStore, lineage: str) -> tuple[HeldByCheck, ...]:
+def held_by_check(state: LineageState) -> tuple[HeldByCheck, ...]:
     """Return the arrivals that wait, oldest first."""
-    notes = (_read(store, info.key) for info in list(store.list(keys.held_folder(lineage))))
-    waiting = [held for held in notes if held is not None and held.released is None]
-    return tuple(sorted(waiting, key=lambda held: held.at))
+    return tuple(sorted((held for held in state.held if held.released is None), key=lambda held: held.at))
 
 
-def _key(lineage: str, task: str, names: Sequence[str]) -> str:
-    return keys.held_key(lineage, task, hashlib.sha256("\n".join(names).encode()).hexdigest())
-
-
-def _read(store: ObjectStore, key: str) -> HeldByCheck | None:
-    return read_stored(
-        store,
-        key,
-        HeldByCheck,
-        what="the note of an arrival that is held",
-        remedy="Delete it: the arrival is then checked again.",
-    )
+def _without(state: LineageState, task: str, names: tuple[str, ...], *others: HeldByCheck) -> LineageState:
+    """The state without the note about these files, and with other notes."""
+    left = [held for held in state.held if (held.task, held.names) != (task, names)]
+    return state.model_copy(update={"held": (*left, *others)})

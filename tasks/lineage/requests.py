@@ -17,9 +17,8 @@ from pydantic import BaseModel
 
 from deal_core.data.schema import label_key
 from deal_core.errors import ConfigError
+from infra.lineage_state import LineageState, read_state, update
 from infra.store.base import ObjectStore
-from infra.store.keys import labels_key, renewal_key
-from infra.store.stored import Stored, read_stored, write_stored
 from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.record import KnownSlice, KnownTask, LineageRecord, choose_task, read_record
@@ -38,27 +37,9 @@ class AskedFor(NamedTuple):
     renews_tests: bool
 
 
-class AddedLabels(Stored):
-    """The labels that were added to a task by command, oldest first."""
-
-    labels: tuple[str, ...]
-
-
 def added_labels(store: ObjectStore, lineage: str, task_name: str) -> tuple[str, ...]:
     """Return the labels that were added to a task by command, oldest first."""
-    stored = read_stored(
-        store,
-        labels_key(lineage, task_name),
-        AddedLabels,
-        what=f"the labels that task '{task_name}' of '{lineage}' has gained",
-        remedy="Restore it from a backup of the store, or delete it and add the labels again (deal task add-label).",
-    )
-    return stored.labels if stored else ()
-
-
-def keep_labels(store: ObjectStore, lineage: str, task_name: str, labels: Sequence[str]) -> None:
-    """Store all labels that were added to a task by command."""
-    write_stored(store, labels_key(lineage, task_name), AddedLabels(labels=tuple(labels)))
+    return read_state(store, lineage).labels.get(task_name, ())
 
 
 class LabelsResult(BaseModel, frozen=True):
@@ -85,22 +66,21 @@ def add_labels(lineage: str, task: str, labels: Sequence[str]) -> LabelsResult:
     """
     store = current_store()
     learned = choose_task(read_record(store, find_version(store, lineage, None)), task).schema
-    before = added_labels(store, lineage, task)
-    had = learned.with_labels(before)
+    had = learned
+
+    def change(state: LineageState) -> LineageState:
+        nonlocal had
+        before = state.labels.get(task, ())
+        had = learned.with_labels(before)
+        added = had.with_labels(labels).labels[len(had.labels) :]
+        return state.model_copy(update={"labels": {**state.labels, task: (*before, *added)}}) if added else state
+
+    update(store, lineage, change)
     has = had.with_labels(labels)
     added = has.labels[len(had.labels) :]
-    if added:
-        keep_labels(store, lineage, task, (*before, *added))
     keys = {label_key(label) for label in had.labels}
     present = tuple(label for label in labels if label_key(label) in keys)
     return LabelsResult(lineage=lineage, task=task, labels=has.labels, added=added, present=present)
-
-
-class RenewalRequest(Stored):
-    """The test rows that the next arrival is to replace."""
-
-    dataset_uri: str
-    """The dataset of the first of them: rows that are added are no renewal."""
 
 
 class RenewalResult(BaseModel, frozen=True):
@@ -128,21 +108,14 @@ def renew_tests(lineage: str, task: str) -> RenewalResult:
     known = choose_task(record, task)
     _next_slice(record, task)  # it raises now rather than after a training
     was_asked = is_renewal_asked(store, lineage, known)
-    write_stored(store, renewal_key(lineage, task), RenewalRequest(dataset_uri=known.test_uris[0]))
+    renewal = {task: known.test_uris[0]}  # rows that are added to them are no renewal
+    update(store, lineage, lambda state: state.model_copy(update={"renewals": state.renewals | renewal}))
     return RenewalResult(lineage=lineage, task=task, num_test=known.grown().num_test, was_asked=was_asked)
 
 
 def is_renewal_asked(store: ObjectStore, lineage: str, known: KnownTask) -> bool:
     """Return whether the task's present test rows are to be renewed."""
-    name = known.schema.name
-    request = read_stored(
-        store,
-        renewal_key(lineage, name),
-        RenewalRequest,
-        what=f"the request for new test rows of task '{name}'",
-        remedy="Delete it, and ask again with: deal task renew-tests.",
-    )
-    return request is not None and request.dataset_uri == known.test_uris[0]
+    return read_state(store, lineage).renewals.get(known.schema.name) == known.test_uris[0]
 
 
 class Renewal(NamedTuple):

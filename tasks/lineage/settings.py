@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self, TypeVar
 
@@ -19,6 +18,7 @@ from deal_core.data.schema import is_name
 from deal_core.errors import ConfigError, RegistryError, in_one_line
 from deal_core.safe_text import brief
 from deal_core.yaml_file import MAX_BYTES, yaml_mapping
+from infra.lineage_state import read_state, update
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore, UnusableObjectError
 from infra.versions import Versions
@@ -36,8 +36,6 @@ class WatchedLineage(LineageSpec):
 
     tasks: tuple[Name, ...] = ()
     """The tasks that the lineage learns; empty: every task of the inbox."""
-    held: str | None = None
-    """Why the lineage learns nothing that lands; None: it learns. `deal lineage pause` and `resume` write it."""
     retrain: RetrainPolicy = AT_ONCE
     """When the lineage is trained on what has landed."""
     consolidate: ConsolidatePolicy = NEVER
@@ -48,6 +46,18 @@ class WatchedLineage(LineageSpec):
         if self.consolidate.when_spent and self.gate.max_total_drop_points is None:
             raise ValueError("consolidate.when_spent needs gate.max_total_drop_points, the budget that may be spent")
         return self
+
+
+class LineageWithPause(WatchedLineage):
+    """The settings of a lineage, and whether it learns."""
+
+    held: str | None = None
+    """Why the lineage learns nothing that lands; None: it learns."""
+
+
+def with_pause(store: ObjectStore, lineage: WatchedLineage) -> LineageWithPause:
+    """Return the settings of a lineage, and whether it learns."""
+    return LineageWithPause.model_construct(**vars(lineage), held=read_state(store, lineage.lineage).paused)
 
 
 def read_lineage(store: ObjectStore, lineage: str) -> WatchedLineage:
@@ -164,7 +174,7 @@ def list_lineages(store: ObjectStore) -> list[WatchedLineage]:
 
 
 def add_lineage(store: ObjectStore, lineage: WatchedLineage, values: Mapping[str, Any] | None = None) -> str:
-    """Write or replace a lineage's file; return its address. A lineage that is held stays held.
+    """Write or replace a lineage's file; return its address.
 
     `values` are what the lineage was read from. Settings that are not among them are not written, so that later
     releases' defaults reach the lineage.
@@ -173,8 +183,6 @@ def add_lineage(store: ObjectStore, lineage: WatchedLineage, values: Mapping[str
     for section, stated in (values or {}).items():
         if isinstance(stated, Mapping) and isinstance(chosen.get(section), dict):
             chosen[section] = {name: value for name, value in chosen[section].items() if name in stated}
-    if lineage.held is None and (why := why_held(store, lineage.lineage)) is not None:
-        chosen["held"] = why
     return _write_values(store, lineage.lineage, chosen)
 
 
@@ -184,22 +192,15 @@ def _write_values(store: ObjectStore, lineage: str, values: Mapping[str, Any]) -
     return store.uri_of(keys.settings_key(lineage))
 
 
-def hold_lineage_file(store: ObjectStore, lineage: str, why: str | None) -> WatchedLineage:
+def pause_lineage(store: ObjectStore, lineage: str, why: str | None) -> LineageWithPause:
     """Let a lineage learn nothing that lands, for the reason `why`; with None, let it learn again.
-
-    The other values of the file stay as they were given.
 
     Raises:
         ConfigError: The lineage has no valid file, or learns nothing anyway.
     """
     settings = read_lineage(store, lineage)  # it checks the file
-    if not list_settings(store):  # with the first file only lineages with a file learn, and all others still do
-        for name in learning_lineages(store):
-            _write_values(store, name, {})
-    values = _read_values(store, lineage)
-    others = {name: value for name, value in (values or {}).items() if name != "held"}
-    _write_values(store, lineage, others if why is None else {**others, "held": why})
-    return settings.model_copy(update={"lineage": lineage, "held": why})
+    update(store, lineage, lambda state: state.model_copy(update={"paused": why}))
+    return with_pause(store, settings)
 
 
 def leave_base_open(store: ObjectStore, lineage: str) -> bool:
@@ -213,17 +214,6 @@ def leave_base_open(store: ObjectStore, lineage: str) -> bool:
     del values["base_model"]
     _write_values(store, lineage, values)
     return True
-
-
-def why_held(store: ObjectStore, lineage: str) -> str | None:
-    """Return why a lineage learns nothing that lands; None: it learns, or its file cannot be read.
-
-    A mistake in another setting does not end the hold.
-    """
-    with suppress(ConfigError):
-        held = (_read_values(store, lineage) or {}).get("held")
-        return None if held is None else str(held)
-    return None
 
 
 def remove_lineage(store: ObjectStore, lineage: str) -> str:
@@ -241,6 +231,7 @@ def remove_lineage(store: ObjectStore, lineage: str) -> str:
             f"To stop the learning, use: deal lineage pause {lineage}."
         )
     store.delete(key)
+    update(store, lineage, lambda state: state.model_copy(update={"paused": None}))
     return store.uri_of(key)
 
 

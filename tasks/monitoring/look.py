@@ -13,6 +13,7 @@ from deal_core.errors import ConfigError, StoreError
 from deal_core.judging_config import DriftLimits
 from deal_core.monitoring.drift import compare, window
 from deal_core.monitoring.report import DriftReport, LiveLook
+from infra.lineage_state import OpenAlarm, read_state, update
 from infra.predictions import read_feedback, read_predictions
 from infra.store.base import ObjectStore
 from infra.store.keys import baseline_folder, baseline_key
@@ -23,7 +24,7 @@ from tasks.lineage.record import read_record
 from tasks.lineage.settings import WatchedLineage, stored_lineage
 from tasks.mlflow_mirror import write_look
 from tasks.monitoring.rows import champion_since, read_frame, read_reference, rows_of_file, with_texts, write_frame
-from tasks.monitoring.state import OpenAlarm, next_state, read_monitor_state, write_monitor_state
+from tasks.monitoring.state import next_state
 from tasks.notices import Notice, announce
 
 BASELINE_COLUMNS = ["task", "label", "is_label", "confidence", "label_mass", "chars", "num_answer_chars"]
@@ -101,7 +102,7 @@ def look_at(lineage: str, data: str | None = None, new_reference: bool = False) 
 def _note(store: ObjectStore, info: Version, result: MonitorResult, report: DriftReport) -> MonitorResult:
     """Keep the look, announce new alarms, then write the state: after a crash the next look does it again."""
     now = datetime.now(UTC)
-    state, new = next_state(read_monitor_state(store, info.lineage), info.lineage, info.version, report, now)
+    state, new = next_state(read_state(store, info.lineage).monitor, info.version, report, now)
     live = LiveLook(lineage=info.lineage, version=info.version, looked=now, drift=report)
     write_look(store, info, live, _metrics(report), state.num_looks)
     for alarm in new:
@@ -110,7 +111,7 @@ def _note(store: ObjectStore, info: Version, result: MonitorResult, report: Drif
         accuracies = {task.task: accuracy.accuracy} if accuracy else {}
         notice = Notice.of(info, task=alarm.task, reasons=alarm.reasons, accuracies=accuracies)
         announce(alarm.kind, notice, once=alarm.identity(info.version))
-    write_monitor_state(store, state)
+    update(store, info.lineage, lambda other: other.model_copy(update={"monitor": state}))
     # rows that a new reference has kept for earlier versions
     own = baseline_key(info.lineage, info.version)
     for key in [info.key for info in store.list(baseline_folder(info.lineage)) if info.key != own]:

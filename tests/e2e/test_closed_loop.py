@@ -23,7 +23,7 @@ from benchmarks.speed.real_engine import running_engine
 from benchmarks.speed.serving import served
 from benchmarks.tiny_base import NO_LIMITS, build_tiny_base
 from infra.report.run_report import EVALUATION_FILE
-from infra.store.keys import monitor_key
+from infra.store.keys import state_key
 from tasks.lineage.reports import read_report
 from tasks.notices import EVENTS
 from tests.e2e.whole import BUCKET, DONE, WAIT_SECONDS, Whole, wait_until_learned
@@ -209,7 +209,7 @@ async def wait_for_drift(whole: Whole) -> None:
 
 def live(whole: Whole) -> tuple[str, list[str]]:
     """The version that was looked at last, and the kinds of its open alarms."""
-    found = whole.read(monitor_key(LINEAGE))
+    found = whole.read(state_key(LINEAGE))["monitor"]
     return found["version"], [alarm["kind"] for alarm in found["alarms"]]
 
 

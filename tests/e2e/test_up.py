@@ -16,7 +16,6 @@ import pytest
 import tenacity
 from playwright.sync_api import sync_playwright
 
-from tasks.arrival_runs import ARRIVAL_LANDED
 from tests.e2e.command import DEAL
 from tests.e2e.whole import BUCKET, CRASHED, DONE, SECRET, WAIT_SECONDS, Whole, rows_of, tree_of, wait_until_learned
 from tests.registering import mlflow_run
@@ -65,7 +64,7 @@ def check_what_lands_is_adapted_once_in_order_and_two_lineages_at_once(whole: Wh
     size = len(rows) // NUM_ARRIVALS
 
     async def landing() -> None:
-        events = whole.events(DONE, ARRIVAL_LANDED)
+        events = whole.events(DONE)
         waiting = asyncio.create_task(wait_until_learned(whole, {"one": NUM_ARRIVALS, "two": 2}, events))
         await asyncio.sleep(0)  # the stream is open before anything lands
         for number in range(NUM_ARRIVALS):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from infra.lineage_state import read_ended
 from tests.e2e.whole import DONE, WAIT_SECONDS, Whole, rows_of, wait_until_learned
 from tests.hostile_parquet import ABORTS
 
@@ -92,8 +93,8 @@ def test_a_server_that_is_away_for_a_minute_ends_no_run(
     asyncio.run(outage())
     (version,) = whole.versions(name)
     assert "champion" in version.aliases
-    files = whole.read(f"watch/{name}.json")["files"]
-    assert [(entry["outcome"], entry["num_tries"]) for entry in files.values()] == [("promoted", 1)]
+    ends = read_ended(whole.store(), name).values()
+    assert [(end.outcome, end.num_tries) for end in ends] == [("promoted", 1)]
 
 
 def test_a_file_that_ends_its_reader_stops_no_worker_and_is_set_aside(whole: Whole, tiny_base: Path) -> None:
@@ -103,11 +104,8 @@ def test_a_file_that_ends_its_reader_stops_no_worker_and_is_set_aside(whole: Who
     whole.add_lineage("brave", tiny_base, ["brave"])
 
     def has_settled() -> bool:
-        try:
-            files = whole.read("watch/brave.json")["files"]
-        except whole.s3.exceptions.NoSuchKey:
-            return False
-        return len(whole.learned("brave")) == 2 and files.get(bad, {}).get("outcome") == "refused"
+        end = read_ended(whole.store(), "brave").get(bad)
+        return len(whole.learned("brave")) == 2 and end is not None and end.outcome == "refused"
 
     async def landing() -> None:
         events = whole.events(DONE)
@@ -124,7 +122,7 @@ def test_a_file_that_ends_its_reader_stops_no_worker_and_is_set_aside(whole: Who
 
     asyncio.run(landing())
     assert sorted(whole.learned("brave")) == ["inbox/brave/a.jsonl", "inbox/brave/c.jsonl"]
-    assert whole.read("watch/brave.json")["files"][bad]["num_tries"] == 2
+    assert read_ended(whole.store(), "brave")[bad].num_tries == 2
     (lineage,) = [each for each in json.loads(whole.deal("status", "--json"))["lineages"] if each["lineage"] == "brave"]
     (reason,) = lineage["failed"]
     assert reason.startswith(f"{bad}: b.parquet ended the process that reads it (SIGABRT") and "in 2 tries" in reason

@@ -22,6 +22,7 @@ from prefect.events.clients import PrefectEventSubscriber
 from prefect.events.filters import EventFilter, EventNameFilter
 
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
+from infra.lineage_state import read_ended
 from infra.settings import StoreSettings, TrackingSettings
 from infra.store.base import ObjectStore
 from infra.store.local import open_store
@@ -88,12 +89,10 @@ class Whole:
 
     def learned(self, lineage: str) -> list[str]:
         """Keys of the arrivals that became versions, in the versions' order."""
-        try:
-            files = self.read(f"watch/{lineage}.json")["files"]
-        except self.s3.exceptions.NoSuchKey:
-            return []
         order = {
-            int(entry["version"]): key for key, entry in files.items() if entry["outcome"] in ("promoted", "rollout")
+            int(end.version): key
+            for key, end in read_ended(self.store(), lineage).items()
+            if end.version is not None and end.outcome in ("promoted", "rollout")
         }
         return [order[number] for number in sorted(order)]
 

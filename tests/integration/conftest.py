@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 from mlflow.tracking._tracking_service import utils as mlflow_utils
@@ -138,6 +139,27 @@ def deployed(prefect_api: None, home: Path) -> Iterator[Path]:
     asyncio.run(deploy_all(home))
     yield home
     asyncio.run(clear())  # other tests use the same server
+
+
+@pytest.fixture
+def adapt_deployment(prefect_api: None) -> Iterator[None]:
+    """The deployment whose runs learn what lands, on the tests' Prefect server; nothing starts its runs."""
+    from prefect.client.orchestration import get_client
+
+    from flows.watch import adapt_landed
+
+    async def make() -> UUID:
+        async with get_client() as client:
+            flow_id = await client.create_flow(adapt_landed)
+            return await client.create_deployment(flow_id, name="adapt", tags=["deal"])
+
+    async def delete() -> None:
+        async with get_client() as client:
+            await client.delete_deployment(made)
+
+    made = asyncio.run(make())
+    yield
+    asyncio.run(delete())
 
 
 @pytest.fixture

@@ -1,11 +1,13 @@
 """The process that reads a file: `python -m deal_core.data.reading.child [PATH, KIND, TASK]`, a text of JSON.
 
+For the task "count" standard input has the path and the kind of each file that is counted.
+
 A hostile file can end the process that reads it: a few bytes can ask a library for any memory, or end it from C++ where
 no Python code can hinder that. So a file is read here, within limits, and `deal_core.data.reading.readers` takes what
 is read. Standard output is a sequence of frames: a letter, the length of the content, and the content.
 
     "+"  nothing; the process has started and is about to open the file
-    "J"  JSON: a look at the file
+    "J"  JSON: a look at the file, or the number of rows of the next file
     "S"  Arrow's schema of the file, or of the batches that follow
     "R"  JSON: a list of rows
     "A"  Arrow's record batch of some rows of the schema
@@ -17,11 +19,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import resource
 import signal
 import struct
 import sys
+import time
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -46,7 +50,7 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def main(request: str) -> NoReturn:
-    """Write the frames of a task ("look" or "rows"), and end the process."""
+    """Write the frames of a task ("look", "rows" or "count"), and end the process."""
     name, kind, task = json.loads(request)
     path = Path(name)
     # A keyboard's and a service's signals are for the process that waits for the frames. When it ends, so does its end
@@ -64,6 +68,8 @@ def main(request: str) -> NoReturn:
         _send(frames, b"+")
         if task == "look":
             _look(path, kind, frames)
+        elif task == "count":
+            _count(frames)
         else:
             _rows(path, kind, frames, most_bytes)
         _send(frames, b".")
@@ -79,11 +85,12 @@ def main(request: str) -> NoReturn:
 def _set_limits(path: Path) -> int:
     """Limit this process; return the most bytes of rows that the file may have."""
     most_bytes = FREE_BYTES
+    taken = math.ceil(time.process_time())  # by the files before
     with contextlib.suppress(OSError, ValueError):  # a file that is not there is refused when it is opened
         size = path.stat().st_size
         most_bytes = max(FREE_BYTES, UNPACKED_TIMES * size)
         _limit(resource.RLIMIT_FSIZE, most_bytes)
-        _limit(resource.RLIMIT_CPU, FREE_CPU_SECONDS + CPU_SECONDS_PER_MB * size // 10**6)
+        _limit(resource.RLIMIT_CPU, taken + FREE_CPU_SECONDS + CPU_SECONDS_PER_MB * size // 10**6)
     _limit(resource.RLIMIT_CORE, 0)
     with contextlib.suppress(OSError):  # only Linux says what a process takes already
         num_pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -121,6 +128,20 @@ def _look(path: Path, kind: parsing.Kind, frames: BinaryIO) -> None:
     if look.schema is not None:
         _send(frames, b"S", look.schema.serialize())
     _send_json(frames, b"J", [look.columns, look.examples, look.class_names, look.num_rows])
+
+
+def _count(frames: BinaryIO) -> None:
+    for name, kind in json.load(sys.stdin):
+        num_rows = None
+        if kind == "parquet":
+            import deal_core.data.reading.parquet_rows  # noqa: F401
+        _set_limits(Path(name))
+        with contextlib.suppress(DataValidationError):
+            if kind == "parquet":
+                num_rows = parsing.look(Path(name), kind).num_rows
+            elif kind is not None:
+                num_rows = sum(map(len, parsing.parse(Path(name), kind)))
+        _send_json(frames, b"J", num_rows)
 
 
 def _rows(path: Path, kind: parsing.Kind, frames: BinaryIO, most_bytes: int) -> None:

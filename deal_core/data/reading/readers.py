@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import IO, Literal
@@ -64,6 +64,13 @@ def file_kind(path: Path) -> Kind:
     return _KINDS[suffixes[-1]]
 
 
+def _kind_or_none(path: Path) -> Kind | None:
+    try:
+        return file_kind(path)
+    except DataValidationError:
+        return None
+
+
 def look_at(path: Path) -> FileLook:
     """The file's columns, and what their cells look like.
 
@@ -77,15 +84,21 @@ def look_at(path: Path) -> FileLook:
     return FileLook(tuple(columns), examples, names, num_rows, schema)
 
 
-def count_rows(path: Path) -> int:
-    """The number of rows of `read_batches`. Of a Parquet file only the footer is read.
+def count_rows(paths: Sequence[Path]) -> Iterator[int | None]:
+    """Yield the number of rows of each file, as `read_batches` gives them; None: it cannot be read to its end.
 
-    Raises:
-        DataValidationError: The file cannot be read to its end.
+    One process counts them all. If a file ends the process, another one goes on after that file. Of a Parquet file only
+    the footer is read.
     """
-    if file_kind(path) == "parquet":
-        return look_at(path).num_rows or 0
-    return sum(map(len, read_batches(path)))
+    place = 0
+    while place < len(paths):
+        try:
+            for _, content in _read_frames(paths[place], "count", paths=paths[place:]):
+                place += 1
+                yield from_json(content)
+        except ReaderDiedError:
+            place += 1
+            yield None
 
 
 def read_rows(path: Path) -> Iterator[RawRow]:
@@ -126,23 +139,29 @@ def read_batches(path: Path, columns: Collection[str] | None = None) -> Iterator
             number += cells.num_rows
 
 
-def _read_frames(path: Path, task: Literal["look", "rows"]) -> Generator[tuple[bytes, bytes]]:
+def _read_frames(
+    path: Path, task: Literal["look", "rows", "count"], *, paths: Sequence[Path] = ()
+) -> Generator[tuple[bytes, bytes]]:
     """The letters and contents of a file's frames. The process that reads the file ends with the iterator.
+
+    The task "count" is about all `paths`.
 
     Raises:
         DataValidationError: The process refuses the file.
         ReaderDiedError: The file ended the process.
         DealError: The process cannot be started.
     """
-    request = json.dumps([str(path), file_kind(path), task])
+    request = json.dumps([str(path), "" if paths else file_kind(path), task])
     # The path of this package comes first: the process has to be of the same version.
     root = str(Path(deal_core.__file__).parents[1])
     inherited = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    with tempfile.TemporaryFile() as words:
+    with tempfile.TemporaryFile() as words, tempfile.TemporaryFile() as files:
+        files.write(json.dumps([[str(each), _kind_or_none(each)] for each in paths]).encode())
+        files.seek(0)
         try:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "deal_core.data.reading.child", request],
-                stdin=subprocess.DEVNULL,
+                stdin=files,
                 stdout=subprocess.PIPE,
                 stderr=words,
                 env={**inherited, **_SETTINGS, "PYTHONPATH": root},

@@ -23,11 +23,11 @@ from flows.cli.app import app
 from flows.forget import forget
 from flows.requeue import requeue
 from flows.watch import WatchResult, watch
+from infra.lineage_state import read_state
 from infra.versions import Version, Versions
 from tasks.arrival_check import read_scores
-from tasks.arrival_runs import release
+from tasks.arrivals import held_arrivals, release
 from tasks.context import current_store
-from tasks.inbox import find_held
 from tasks.lineage.held import held_by_check
 from tasks.lineage.promotion import roll_back
 from tasks.lineage.reports import read_page
@@ -138,21 +138,21 @@ def test_wrong_labels_are_held_before_any_training_until_a_person_lets_them_go(
     texts = [text for text, _ in right]
     assert not any(text in info.read_text() for info in _notes() for text in texts)
     assert [notice["event"] for notice in receiver.told()] == ["deal.arrival.held"]
-    assert [(each.key, each.task) for each in find_held(store, "l")] == [(str(may), "desk")]
+    assert [(each.key, each.task) for each in held_arrivals(read_state(store, "l"))] == [(str(may), "desk")]
 
     with_texts = learn(tiny_base, may, data={"include_texts": True})
     assert with_texts.status == "held", "a second try is held too"
     assert {row.text for row in with_texts.contradictions} <= set(texts)
     assert all(row.label != row.answer for row in with_texts.contradictions)
 
-    assert asyncio.run(requeue("l")) == [] and held_by_check(store, "l"), "release is the only way"
+    assert asyncio.run(requeue("l")) == [] and held_by_check(read_state(store, "l")), "release is the only way"
     with pytest.raises(ConfigError):
         release(store, "l", [str(tmp_path / "june.csv")])
-    assert release(store, "l", [str(may)]) == (str(may),) and not find_held(store, "l")
+    assert release(store, "l", [str(may)]) == (str(may),) and not held_arrivals(read_state(store, "l"))
     learned = learn(tiny_base, may)
     assert (learned.status, len(versions())) == ("promoted", 2)
     assert learned.arrival is not None and learned.arrival.is_released
-    assert not list(store.list("held")), "it is over"
+    assert not read_state(store, "l").held, "it is over"
 
     # What was learned against the labels of before is no reference, and a requeue is scored and not held.
     roll_back("l", None, who="tester", why="a test")
@@ -166,7 +166,7 @@ def test_wrong_labels_are_held_before_any_training_until_a_person_lets_them_go(
 def _notes() -> Iterator[Path]:
     """The files of the store about arrivals that are held."""
     root = Path(current_store().uri.removeprefix("file://"))
-    yield from (path for name in ("held", "watch") for path in (root / name).rglob("*.json"))
+    yield from (path for name in ("lineages", "arrivals") for path in (root / name).rglob("*.json"))
 
 
 @pytest.mark.usefixtures("desk")
@@ -175,7 +175,7 @@ def test_corrected_labels_are_another_arrival(tiny_base: Path, tmp_path: Path) -
     may = write(tmp_path / "may.csv", half_wrong(right))
     assert learn(tiny_base, may).status == "held"
     assert learn(tiny_base, write(may, right)).status == "promoted"
-    assert not find_held(current_store(), "l")
+    assert not held_arrivals(read_state(current_store(), "l"))
 
 
 @pytest.mark.usefixtures("desk")
@@ -219,14 +219,14 @@ def test_a_watch_holds_wrong_labels_goes_on_and_learns_what_is_released(tiny_bas
 
     assert look() == [("1-may.csv", "held", None), ("2-june.csv", "promoted", "2")]
     assert look() == [], "it waits"
-    (held,) = find_held(current_store(), "l")
+    (held,) = held_arrivals(read_state(current_store(), "l"))
     assert held.key == "inbox/desk/1-may.csv"
     listed = json.loads(CliRunner().invoke(app, ["data", "list", "--json"]).stdout)
     assert [each["name"] for each in listed if each["state"].startswith("held")] == [held.key]
     assert asyncio.run(requeue("l")) == [] and look() == [], "release is the only way"
     assert CliRunner().invoke(app, ["data", "release", held.key, "--lineage", "l"]).exit_code == 0
     assert look() == [("1-may.csv", "promoted", "3")]
-    assert may.exists() and not list(current_store().list("held"))
+    assert may.exists() and not read_state(current_store(), "l").held
 
 
 @pytest.mark.nightly

@@ -18,10 +18,11 @@ from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from flows.adapt import adapt
 from flows.cli.app import app
 from flows.cli.session import FAILED, STOPPED, WRONG_USE
+from infra.lineage_state import read_ended
 from infra.versions import Versions
 from tasks.adaptation.resume import read_findings
+from tasks.arrivals import end_try
 from tasks.context import current_store
-from tasks.inbox import read_state, write_state
 from tasks.spec import AdaptSpec
 from tests.in_process import put_back
 
@@ -133,20 +134,21 @@ def test_what_the_gate_rejected_is_tried_under_new_limits_once_it_lands_under_an
 def test_ctrl_c_between_two_files_is_told_by_the_exit_code(
     deal: Deal, support: dict[str, Any], monkeypatch: pytest.MonkeyPatch, num_files: int, code: int
 ) -> None:
-    def write(*given: Any) -> None:
-        write_state(*given)
+    def end(*given: Any) -> Any:
+        result = end_try(*given)
         signal.raise_signal(signal.SIGINT)
+        return result
 
     for number in range(num_files):
         current_store().put_bytes(f"inbox/parcels/{number}.jsonl", b"nonsense\n")
     words = ["adapt", "--watch", "--once", "--poll", "0.1", "-l", "support"]
     with monkeypatch.context() as patch:
-        patch.setattr("flows.watch.write_state", write)
+        patch.setattr("flows.watch.end_try", end)
         stopped = CliRunner().invoke(app, words)
     assert stopped.exit_code == code, stopped.output
-    assert len(read_state(current_store(), "support").files) == 1
+    assert len(read_ended(current_store(), "support")) == 1
     CliRunner().invoke(app, words)
-    assert len(read_state(current_store(), "support").files) == num_files
+    assert len(read_ended(current_store(), "support")) == num_files
 
 
 def test_a_plan_and_a_check_of_a_file_keep_to_the_lineage_s_file(

@@ -20,18 +20,18 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
 from typer.testing import CliRunner
 
-import flows.announce
-import flows.server.status
-import flows.watch
+import tasks.arrivals
 from benchmarks.tiny_base import NO_LIMITS
-from flows.announce import retrain
 from flows.cli.app import app
+from flows.sensor import retrain
 from flows.server.status import read_status
 from flows.watch import WatchResult, adapt_landed, watch
 from infra.launch import launch_job
+from infra.lineage_state import read_state
 from infra.store.base import ObjectStore
 from infra.versions import Version, Versions
 from tasks import scorer
+from tasks.arrival_states import claim, plan
 from tasks.context import current_store
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.history import read_history
@@ -40,7 +40,6 @@ from tasks.lineage.retrain import RetrainPolicy, Waiting
 from tasks.lineage.settings import WatchedLineage, add_lineage, read_lineage
 from tasks.progress import reporting_to
 from tasks.spec import parse
-from tasks.waiting import plan, read_batches
 from tests.in_process import put_back
 from tests.registering import mlflow_run
 
@@ -54,7 +53,7 @@ ALWAYS = 1e-9
 NUM_LEFT = len(ROWS) - 60
 """Fewer than the fifty rows that a test waits for."""
 
-pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+pytestmark = pytest.mark.usefixtures("prefect_api", "home", "adapt_deployment")
 
 
 def now() -> datetime:
@@ -83,15 +82,19 @@ def land(home: Path, name: str, rows: list[bytes], age: float = 100) -> None:
 
 @contextmanager
 def deciding(at: datetime) -> Iterator[None]:
-    """Let the settings `retrain` decide as at this time."""
+    """Let the settings `retrain` decide as at this time, or as now if that is later, since failures have real times."""
     with pytest.MonkeyPatch.context() as patched:
-        for module in (flows.announce, flows.watch, flows.server.status):
-            patched.setattr(module, "plan", lambda store, lineage, *look: plan(store, lineage, *look[:3], now=at))
+        patched.setattr(
+            tasks.arrivals,
+            "plan",
+            lambda state, policy, _, hours, **more: plan(state, policy, max(at, now()), hours, **more),
+        )
+        patched.setattr(tasks.arrivals, "claim", lambda state, **more: claim(state, **{**more, "now": max(at, now())}))
         yield
 
 
 def start(at: datetime) -> int:
-    """The announcements of one run of the deployment `retrain`."""
+    """The runs that one run of the deployment `retrain` starts."""
     with deciding(at):
         return asyncio.run(retrain())
 
@@ -135,7 +138,7 @@ def test_what_waits_for_a_schedule_is_learned_together_at_its_time(tiny_base: Pa
     assert (start(early), learn(early)) == (0, [])
     (found,) = waiting(home, early)
     assert (found.task, found.num_files, found.num_rows, found.is_due, found.until) == ("parcels", 2, 60, False, sunday)
-    assert start(sunday) == 2
+    assert start(sunday) == 1, "one run for both"
     assert learn(sunday) == [("parcels/1.jsonl", "promoted", "1"), ("parcels/2.jsonl", "promoted", "1")]
     assert [num_read(version) for version in versions()] == [60]
     assert (start(sunday), learn(sunday), waiting(home, sunday)) == (0, [], [])
@@ -155,9 +158,7 @@ def test_rows_are_waited_for_and_tasks_are_learned_in_the_order_of_their_oldest_
         ("parcels", 30, False),
         ("bank", 60, True),
     ]
-    assert start(now()) == 2, "the files of the bank"
     land(home, "parcels/2.jsonl", ROWS[30:60], age=50)
-    assert start(now()) == 2, "those of the parcels"
     assert [key for key, *_ in learn(now())] == [
         "parcels/1.jsonl",
         "parcels/2.jsonl",
@@ -248,7 +249,7 @@ def test_what_exceeds_the_months_budget_waits_for_the_next_month(tiny_base: Path
     policy = add(tiny_base, budget_hours=1e-6).retrain
     land(home, "parcels/1.jsonl", ROWS[:40], age=200)
     land(home, "bank/1.jsonl", BANK[:40])
-    assert start(now()) == 2
+    assert start(now()) == 1
     assert learn(now()) == [("parcels/1.jsonl", "promoted", "1")], "it used up the budget, and the other waits"
     (found,) = waiting(home, now())
     _, following = policy.month_of(now())
@@ -262,13 +263,13 @@ def test_a_run_that_was_killed_learns_exactly_the_files_that_it_had_fixed(tiny_b
     land(home, "parcels/1.jsonl", ROWS[:30], age=200)
     land(home, "parcels/2.jsonl", ROWS[30:55], age=100)
     kill_at_the_training()
-    (batch,) = read_batches(current_store(), "l")
-    assert [file.key for file in batch.files] == ["inbox/parcels/1.jsonl", "inbox/parcels/2.jsonl"]
+    (batch,) = read_state(current_store(), "l").batches
+    assert batch.files == ("inbox/parcels/1.jsonl", "inbox/parcels/2.jsonl")
     land(home, "parcels/0.jsonl", ROWS[60:], age=300)
     assert [(each.num_rows, each.is_due) for each in waiting(home, now())] == [(55, True), (NUM_LEFT, False)]
     assert learn(now()) == [("parcels/1.jsonl", "promoted", "1"), ("parcels/2.jsonl", "promoted", "1")]
     assert [num_read(version) for version in versions()] == [55]
-    assert read_batches(current_store(), "l") == [] and learn(now()) == []
+    assert read_state(current_store(), "l").batches == () and learn(now()) == []
     (left,) = waiting(home, now())
     assert (left.num_files, left.num_rows) == (1, NUM_LEFT), "what landed later waits for more rows"
 
@@ -286,9 +287,7 @@ async def hang(*arguments):
     time.sleep(600)
 
 flows.watch._adapt_to = hang
-store = current_store()
-worker = flows.watch.InboxWorker(store, read_lineage(store, "l"), settle_seconds=0.01, once=False, wait=True)
-asyncio.run(worker.handle_open())
+asyncio.run(flows.watch.watch.fn(read_lineage(current_store(), "l"), True, 0.01))
 """
     child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
@@ -312,8 +311,7 @@ def test_a_batch_that_failed_is_tried_again_without_what_landed_since(
         patch.setattr(Versions, "register", fail)
         assert learn(now()) == [("parcels/1.jsonl", "failed", None)]
     land(home, "parcels/2.jsonl", ROWS[60:])
-    monkeypatch.setattr("tasks.inbox.PAUSE", timedelta(0))
-    assert learn(now()) == [("parcels/1.jsonl", "promoted", "1")]
+    assert learn(now() + DAY) == [("parcels/1.jsonl", "promoted", "1")]
     assert [each.num_files for each in waiting(home, now())] == [1]
 
 
@@ -331,7 +329,7 @@ def test_a_bad_file_is_refused_alone_and_the_good_ones_are_learned(tiny_base: Pa
         ("parcels/1.jsonl", "promoted", "1"),
         ("parcels/other.jsonl", "refused", None),
     ], "together they are no arrival"
-    assert read_batches(current_store(), "l") == []
+    assert read_state(current_store(), "l").batches == ()
 
 
 class Said:
@@ -388,5 +386,5 @@ def test_the_server_starts_one_run_for_a_lineage_whose_time_has_come(tiny_base: 
                     assert found
             return [run.parameters for run in found]
 
-    assert [start(sunday) for _ in range(3)] == [2, 0, 0]
+    assert [start(sunday) for _ in range(3)] == [1, 0, 0]
     assert asyncio.run(runs()) == [{"lineage": "l"}]

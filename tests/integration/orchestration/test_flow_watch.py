@@ -19,11 +19,12 @@ from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from deal_core.errors import StoreError, TrainingDivergedError
 from flows.cli.app import app
 from flows.server.status import read_status
-from flows.watch import InboxWorker, Learned, WatchResult, watch
+from flows.watch import WatchResult, watch
 from infra.store.base import ObjectStore
 from infra.versions import Versions
+from tasks.arrival_states import Result
 from tasks.context import current_store
-from tasks.inbox import Arrival, InboxLook
+from tasks.inbox import InboxLook
 from tasks.inbox import look as look_at_inbox
 from tasks.lineage.settings import WatchedLineage, add_lineage
 from tasks.progress import Interrupted, ask_to_stop, reporting_to
@@ -115,14 +116,11 @@ def test_a_folder_is_learned_as_one_arrival_once_it_is_complete(tiny_base: Path,
     lines = PARCELS.splitlines(keepends=True)
     land(home, "parcels/may/part-0.jsonl", b"".join(lines[:20]))
     land(home, "parcels/may/day=2/part-0.jsonl", b"".join(lines[20:]) + b"{}\n")
-    spec, said = lineage(tiny_base), Said()
-    worker = InboxWorker(current_store(), spec, settle_seconds=0.01, once=False, wait=True)
-    with reporting_to(said):
-        assert [asyncio.run(worker.handle_open()) for _ in range(3)] == [0, 0, 0], "its writer may be between two files"
-    assert worker.num_left == 0
-    assert said.lines == [
-        "parcels/may has no file _SUCCESS; it is learned when nothing in it has changed for 300 seconds."
-    ]
+    spec = lineage(tiny_base)
+    for _ in range(3):
+        result, said = look(spec)
+        assert result.files == (), "its writer may be between two files"
+    assert said == ["parcels/may has no file _SUCCESS; it is learned when nothing in it has changed for 300 seconds."]
 
     land(home, "parcels/may/_SUCCESS", b"")
     result, _ = look(spec)
@@ -225,12 +223,12 @@ def test_a_file_that_changes_while_another_is_learned_is_looked_at_again_before_
         read.append(b"a look")
         return look_at_inbox(*given)
 
-    async def learn(store: ObjectStore, spec: WatchedLineage, files: Sequence[Arrival]) -> Learned:
-        (info,) = files
-        read.append(store.get_bytes(info.key))
-        if info.key.endswith("a.jsonl"):
+    async def learn(store: ObjectStore, spec: WatchedLineage, files: Sequence[str]) -> tuple[Result, None]:
+        (key,) = files
+        read.append(store.get_bytes(key))
+        if key.endswith("a.jsonl"):
             land(home, "parcels/b.jsonl", PARCELS)
-        return Learned("refused", "")
+        return Result("refused", ""), None
 
     monkeypatch.setattr("flows.watch.look", look_at)
     monkeypatch.setattr("flows.watch._adapt_to", learn)

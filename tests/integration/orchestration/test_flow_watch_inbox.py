@@ -1,38 +1,33 @@
-"""The announcements of the inbox to a server: once per open arrival and lineage, and again after its run was lost."""
+"""The sensor on a server: a run for each lineage that has something to learn. test_cancelled.py is about the sweep."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import uuid
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tenacity
 import yaml
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
 
-import tasks.inbox
+import flows.watch
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from deal_core.errors import ConfigError
-from flows.announce import announce_open, watch_inbox
-from flows.lock import LineageBusyError, is_locked_on_server, lock_lineage
-from flows.watch import InboxWorker, adapt_landed
+from flows.lock import LineageBusyError, lock_lineage
+from flows.sensor import watch_inbox
+from flows.watch import adapt_landed
+from infra.lineage_state import lineages_with_state, read_ended, read_state
 from infra.store.local import FileStore
 from infra.versions import Versions
-from tasks.arrival_runs import ARRIVAL_LANDED, Announcement, announce_again, read_announcements
 from tasks.context import current_store
-from tasks.inbox import InboxState, list_arrivals, read_state, write_state
 from tasks.inbox import look as look_at_inbox
-from tasks.lineage.settings import WatchedLineage, add_lineage, hold_lineage_file, list_lineages, read_lineage
+from tasks.lineage.settings import WatchedLineage, add_lineage, list_lineages, pause_lineage, read_lineage
 from tasks.spec import parse
 
 ROWS = (EXAMPLES / "parcels" / "messages.jsonl").read_bytes()
 
-pytestmark = pytest.mark.usefixtures("prefect_api", "home", "without_mlflow")
+pytestmark = pytest.mark.usefixtures("prefect_api", "home", "without_mlflow", "adapt_deployment")
 
 
 def land(home: Path, name: str, content: bytes = ROWS, age: int = 100) -> None:
@@ -48,44 +43,8 @@ def lineage(name: str, **settings: Any) -> WatchedLineage:
 
 
 def look() -> int:
-    """The announcements after one read of the inbox."""
+    """The runs that one look of the sensor starts."""
     return asyncio.run(watch_inbox(for_seconds=0))
-
-
-def numbers() -> list[int]:
-    """The number of earlier announcements of each arrival, for all lineages."""
-    return sorted(each.number for each in announced())
-
-
-def announced() -> list[Announcement]:
-    store = current_store()
-    return [Announcement.model_validate_json(store.get_bytes(info.key)) for info in store.list("landed")]
-
-
-def test_an_arrival_is_announced_once_and_a_changed_one_again(home: Path) -> None:
-    land(home, "parcels/a.jsonl")
-    assert (look(), look()) == (1, 0)
-    land(home, "parcels/a.jsonl", ROWS + b"\n")
-    assert (look(), look()) == (1, 0)
-
-
-def test_what_was_handled_is_not_announced(home: Path) -> None:
-    land(home, "parcels/a.jsonl")
-    state = InboxState()
-    (info,) = list_arrivals(current_store().list("inbox"))
-    state.record(info, "promoted", "", now=info.modified)
-    write_state(current_store(), "default", state)
-    assert look() == 0
-
-
-def test_a_file_that_may_still_be_written_waits_for_the_next_look(home: Path) -> None:
-    land(home, "parcels/a.jsonl")
-    os.utime(home / "store" / "inbox" / "parcels" / "a.jsonl")
-    seen: dict[str, str] = {}
-    store = current_store()
-    inbox = look_at_inbox(store)
-    looks = [asyncio.run(announce_open(store, inbox, lineage("default"), InboxState(), seen, 60)) for _ in range(2)]
-    assert looks == [(0, 1), (1, 0)], "the second read found the same"
 
 
 def test_each_lineage_is_told_of_its_tasks(home: Path) -> None:
@@ -93,12 +52,17 @@ def test_each_lineage_is_told_of_its_tasks(home: Path) -> None:
     add_lineage(current_store(), lineage("some", tasks=["clinic"]))
     land(home, "parcels/a.jsonl")
     land(home, "clinic/a.csv")
-    assert look() == 3
-    assert told_lineages() == {"all", "some"}
+    assert look() == 2
+    assert {name: sorted(read_state(current_store(), name).arrivals) for name in ("all", "some")} == {
+        "all": ["inbox/clinic/a.csv", "inbox/parcels/a.jsonl"],
+        "some": ["inbox/clinic/a.csv"],
+    }
 
 
 def told_lineages() -> set[str]:
-    return {info.key.split("/")[1] for info in current_store().list("landed")}
+    """The lineages with a claimed batch."""
+    store = current_store()
+    return {name for name in lineages_with_state(store) if read_state(store, name).claimed is not None}
 
 
 def test_a_run_does_not_wait_for_a_folder_that_may_be_written_for_long(
@@ -117,34 +81,13 @@ def test_a_run_does_not_wait_for_a_folder_that_may_be_written_for_long(
 def test_a_held_lineage_is_told_of_nothing_until_it_may_learn_again(home: Path) -> None:
     for name in ("held", "other"):
         add_lineage(current_store(), lineage(name, tasks=["parcels"]))
-    hold_lineage_file(current_store(), "held", "the labels are being corrected")
+    pause_lineage(current_store(), "held", "the labels are being corrected")
     land(home, "parcels/a.jsonl")
     assert look() == 1 and told_lineages() == {"other"}
     assert asyncio.run(adapt_landed("held", settle_seconds=0.1)).files == ()
-    hold_lineage_file(current_store(), "held", None)
+    pause_lineage(current_store(), "held", None)
     assert look() == 1 and told_lineages() == {"held", "other"}
     assert read_lineage(current_store(), "held").tasks == ("parcels",), "the other settings stay"
-
-
-def test_a_hold_stops_the_files_that_a_run_has_not_begun(tiny_base: Path, home: Path) -> None:
-    """The file that is being learned is finished."""
-    store = current_store()
-    train = {"max_steps": 1, "max_prompt_tokens": 192, "checkpoint_steps": 0}
-    add_lineage(store, lineage("l", base_model=str(tiny_base), train=train, gate=NO_LIMITS))
-    for name, rows in (("a", ROWS), ("b", ROWS + ROWS.splitlines(keepends=True)[0].replace(b"my", b"our"))):
-        land(home, f"parcels/{name}.jsonl", rows)
-    worker = InboxWorker(store, read_lineage(store, "l"), settle_seconds=0, once=False, wait=True)
-    handle = worker._handle
-
-    async def handle_and_hold(*arguments: Any) -> bool:
-        is_done = await handle(*arguments)
-        hold_lineage_file(store, "l", "enough")
-        return is_done
-
-    worker._handle = handle_and_hold  # type: ignore[method-assign]
-    asyncio.run(worker.handle_open())
-    assert [seen.key for seen in worker.files] == ["inbox/parcels/a.jsonl"] and worker.num_left == 1
-    assert worker.runs == [], "a watch that goes on keeps no result of each run, which has an accuracy matrix"
 
 
 def test_a_look_lists_the_inbox_once_for_all_lineages(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,63 +123,13 @@ def test_a_task_file_is_read_again_when_it_has_changed_and_not_before(
     assert len(read) == 3
 
 
-def test_what_is_noted_of_an_arrival_goes_when_it_is_closed_or_gone(home: Path, tmp_path: Path) -> None:
-    add_lineage(current_store(), lineage("l", base_model=str(tmp_path / "away")))
-    land(home, "parcels/a.jsonl")
-    land(home, "bank/bad.jsonl", b"nonsense\n")
-    assert look() == 2
-    result = asyncio.run(adapt_landed("l", settle_seconds=0.01))
-    assert sorted(seen.outcome for seen in result.files) == ["failed", "refused"]
-    assert [told.key for told in announced()] == ["inbox/parcels/a.jsonl"]
-    (home / "store" / "inbox" / "bank" / "bad.jsonl").unlink()
-    land(home, "bank/worse.jsonl", b"more nonsense\n")
-    asyncio.run(adapt_landed("l", settle_seconds=0.01))
-    assert sorted(read_state(current_store(), "l").files) == ["inbox/bank/worse.jsonl", "inbox/parcels/a.jsonl"]
-
-
-def test_a_lost_run_is_noticed_unless_the_lineage_is_at_work(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    add_lineage(current_store(), lineage("lost"))
-    land(home, "parcels/a.jsonl")
-    land(home, "parcels/b.jsonl")
-    assert look() == 2
-    monkeypatch.setattr(tasks.inbox, "PAUSE", timedelta(0))
-
-    async def look_while_held() -> int:
-        async with lock_lineage("lost"):
-            assert await is_locked_on_server("lost")
-            inbox = look_at_inbox(current_store())
-            return (await announce_open(current_store(), inbox, lineage("lost"), InboxState(), {}, 0)).num_announced
-
-    assert asyncio.run(look_while_held()) == 0, "the run that holds the lineage reads the inbox again before it ends"
-    assert look() == 1, "one run takes all open arrivals"
-    assert numbers() == [0, 1]
-
-
-def test_a_lineage_that_waits_for_a_worker_is_announced_ever_more_seldom(home: Path) -> None:
-    land(home, "parcels/a.jsonl")
-    assert look() == 1
-    (info,) = list_arrivals(current_store().list("inbox"))
-    minutes, at = [], datetime.now(UTC)
-    for minute in range(200):
-        last = read_announcements(current_store(), "default", [info])[info.key]
-        if announce_again(current_store(), "default", info, last, at + timedelta(minutes=minute, seconds=5)):
-            minutes.append(minute)
-            noted = read_announcements(current_store(), "default", [info])[info.key]
-            moved = noted.model_copy(update={"at": at + timedelta(minutes=minute)})
-            (key,) = (entry.key for entry in current_store().list("landed"))
-            current_store().put_bytes(key, moved.model_dump_json().encode())
-    assert minutes == [1, 3, 7, 15, 31, 63, 127, 191]
-    last = read_announcements(current_store(), "default", [info])[info.key]
-    assert announce_again(current_store(), "default", info, last, at - timedelta(days=1)), "the clock was set back"
-
-
 def test_what_is_wrong_with_one_lineage_holds_up_no_other(home: Path) -> None:
     add_lineage(current_store(), lineage("damaged"))
     add_lineage(current_store(), lineage("whole"))
-    current_store().put_bytes("watch/damaged.json", b"nonsense")
+    current_store().put_bytes("lineages/damaged.state.json", b"nonsense")
     land(home, "parcels/a.jsonl")
     assert look() == 1
-    assert {info.key.split("/")[1] for info in current_store().list("landed")} == {"whole"}
+    assert read_state(current_store(), "whole").claimed is not None
 
 
 def test_a_broken_lineage_file_holds_up_no_other(home: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -293,25 +186,6 @@ def test_a_run_that_finds_its_lineage_at_work_ends_at_once(home: Path, tiny_base
     assert Versions(current_store()).all("busy") == ()
 
 
-def test_what_another_run_did_while_this_one_waited_is_not_done_again(home: Path, tiny_base: Path) -> None:
-    land(home, "parcels/a.jsonl")
-    spec = small("shared", tiny_base)
-    worker = InboxWorker(current_store(), spec, settle_seconds=0.01, once=False, wait=True)
-
-    async def two() -> None:
-        async with lock_lineage("shared"):
-            waiting = asyncio.create_task(worker.handle_open())
-            await asyncio.sleep(0)  # the flow has read the inbox, and waits
-            (info,) = list_arrivals(current_store().list("inbox"))
-            state = InboxState()
-            state.record(info, "promoted", "", now=info.modified)
-            write_state(current_store(), "shared", state)
-        await waiting
-
-    asyncio.run(two())
-    assert worker.files == [] and Versions(current_store()).all("shared") == ()
-
-
 def test_the_server_carries_the_automations_once() -> None:
     from flows.server.automations import PROCESS_NEVER_BEGAN, apply_automations, automations
 
@@ -324,32 +198,40 @@ def test_the_server_carries_the_automations_once() -> None:
     assert asyncio.run(twice()) == sorted(each.name for each in automations(PROCESS_NEVER_BEGAN))
 
 
-@pytest.mark.nightly
-@pytest.mark.usefixtures("deployed")
-def test_an_event_of_others_starts_a_run_with_or_without_a_payload() -> None:
-    payloads: dict[str, dict[str, str]] = {"bare": {}, "said": {"lineage": "said"}}
-    events = [
-        {
-            "event": ARRIVAL_LANDED,
-            "occurred": datetime.now(UTC).isoformat(),
-            "id": str(uuid.uuid4()),
-            "resource": {"prefect.resource.id": f"deal.lineage.{name}"},
-            "payload": payload,
-        }
-        for name, payload in payloads.items()
-    ]
+def test_a_pause_stops_the_files_that_a_run_has_not_begun(
+    tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file that is being learned is finished."""
+    store = current_store()
+    add_lineage(store, small("l", tiny_base))
+    for name, rows in (("a", ROWS), ("b", ROWS + ROWS.splitlines(keepends=True)[0].replace(b"my", b"our"))):
+        land(home, f"parcels/{name}.jsonl", rows)
+    learn = flows.watch._adapt_to
 
-    async def started() -> list[dict[str, Any]]:
-        async with get_client() as client:
-            adapt = await client.read_deployment_by_name("adapt-landed/adapt")
-            wanted = FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(any_=[adapt.id]))
-            await client.request("POST", "/events", json=events)
-            async for attempt in tenacity.AsyncRetrying(
-                wait=tenacity.wait_fixed(0.2), stop=tenacity.stop_after_delay(180), reraise=True
-            ):
-                with attempt:
-                    runs = await client.read_flow_runs(flow_run_filter=wanted)
-                    assert len(runs) == len(events)
-            return sorted((run.parameters for run in runs), key=str)
+    async def learn_and_pause(*arguments: Any) -> Any:
+        learned = await learn(*arguments)
+        pause_lineage(store, "l", "enough")
+        return learned
 
-    assert asyncio.run(started()) == [{"lineage": "bare"}, {"lineage": "said"}]
+    monkeypatch.setattr("flows.watch._adapt_to", learn_and_pause)
+    result = asyncio.run(adapt_landed("l", settle_seconds=0))
+    assert [seen.key for seen in result.files] == ["inbox/parcels/a.jsonl"]
+    assert result.runs == (), "a run that goes on keeps no result of each arrival, which has an accuracy matrix"
+    assert {key: note.state for key, note in read_state(store, "l").arrivals.items()} == {
+        "inbox/parcels/b.jsonl": "waiting"
+    }
+
+
+def test_an_end_is_noted_until_its_file_is_gone_and_an_arrival_that_failed_stays_open(
+    home: Path, tmp_path: Path
+) -> None:
+    add_lineage(current_store(), lineage("l", base_model=str(tmp_path / "away")))
+    land(home, "parcels/a.jsonl")
+    land(home, "bank/bad.jsonl", b"nonsense\n")
+    result = asyncio.run(adapt_landed("l", settle_seconds=0.01))
+    assert sorted(seen.outcome for seen in result.files) == ["failed", "refused"]
+    (home / "store" / "inbox" / "bank" / "bad.jsonl").unlink()
+    land(home, "bank/worse.jsonl", b"more nonsense\n")
+    asyncio.run(adapt_landed("l", settle_seconds=0.01))
+    assert [*read_ended(current_store(), "l")] == ["inbox/bank/worse.jsonl"]
+    assert [*read_state(current_store(), "l").arrivals] == ["inbox/parcels/a.jsonl"]

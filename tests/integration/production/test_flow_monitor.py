@@ -20,6 +20,7 @@ from deal_core.judging_config import DriftLimits
 from flows.champions import evaluate, monitor, monitor_lineages
 from flows.cli.app import app
 from flows.forget import forget
+from infra.lineage_state import read_state
 from infra.run_journal import RunJournal
 from infra.store.keys import baseline_key
 from tasks.context import current_store
@@ -28,7 +29,6 @@ from tasks.lineage.record import read_record
 from tasks.lineage.reports import save_report
 from tasks.monitoring.look import MonitorResult
 from tasks.monitoring.rows import REFERENCE_FILE, champion_since, read_reference
-from tasks.monitoring.state import read_monitor_state
 from tasks.predict import predict_file
 from tests.adapting import CLINIC
 from tests.in_process import put_back
@@ -109,7 +109,7 @@ def live_of(reference: pd.DataFrame) -> pd.DataFrame:
 def test_an_alarm_is_announced_once_until_it_was_gone(lineage: Path, receiver: Receiver) -> None:
     store = current_store()
     assert "has no answer of version 3" in (look().problem or "")
-    assert read_monitor_state(store, "l") is None
+    assert read_state(store, "l").monitor is None
     put_predictions(store, "l", live(1), "a")
     usual = look()
     assert usual.drift is not None and usual.drift.task("bank").status == "compared" and not usual.alarms
@@ -174,7 +174,7 @@ def test_a_look_counts_while_mlflow_is_away(
     found = look()
     assert "MLflow lacks a look at version 3" in caplog.text
     assert [each.kind for each in found.new_alarms] == ["drift"] and len(receiver.told()) == 1
-    state = read_monitor_state(current_store(), "l")
+    state = read_state(current_store(), "l").monitor
     assert state is not None and state.num_looks == 1
     page = save_report("l", "3", tmp_path / "page.html").file.read_text(encoding="utf-8")
     assert "bank: drift</h3>" in page
@@ -222,7 +222,7 @@ def test_answers_of_another_server_are_compared_from_a_file(lineage: Path, tmp_p
     assert bank.status == "compared" and bank.estimated is None
     assert {"length of inputs", "texts"} <= {test.name for test in bank.tests if test.is_alarm}
     assert not {"confidence", "label mass"} & {test.name for test in bank.tests}
-    assert not found.new_alarms and not receiver.told() and read_monitor_state(current_store(), "l") is None
+    assert not found.new_alarms and not receiver.told() and read_state(current_store(), "l").monitor is None
 
     logged = tmp_path / "log.parquet"
     live(1).to_parquet(logged)

@@ -28,9 +28,8 @@ from benchmarks.tiny_base import NO_LIMITS
 from deal_core.errors import ConfigError, DataValidationError, RegistryError
 from flows.adapt import AdaptResult, adapt
 from flows.cli.app import app
-from flows.server.automations import apply_notifications, notifications
+from flows.server.automations import NEVER_BEGAN, apply_notifications, automations, notifications
 from infra.report.run_report import RunReport
-from tasks.arrival_runs import LANDED
 from tasks.context import current_store
 from tasks.lineage.frozen_rows import ANSWERS_FILE
 from tasks.lineage.reports import save_report
@@ -272,7 +271,7 @@ def test_an_automation_that_is_switched_on_tells_through_a_block(
 def test_an_automation_that_failed_is_told_of_unless_it_is_one_that_tells(
     receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tells, told_of = notifications(None)[-1].name, LANDED
+    tells, told_of = notifications(None)[-1].name, automations(NEVER_BEGAN)[0].name
     monkeypatch.setenv("DEAL_NOTIFICATION_BLOCK", "custom-webhook/watchers")
     monkeypatch.delenv("DEAL_WEBHOOK_URL")
 

@@ -240,13 +240,13 @@ def test_the_status_lists_every_lineage_of_the_store_and_notices_a_champion_that
 def test_the_status_notices_a_broken_promotion_log_and_watch(home: Path, adapters: dict[str, Path]) -> None:
     (home / "store" / "lineages").mkdir()
     (home / "store" / "lineages" / "l.yaml").write_text("tasks: [bank]\n")
-    for key in ("promotions/l/00000002.json", "watch/l.json"):
+    for key in ("promotions/l/00000002.json", "lineages/l.state.json"):
         path = home / "store" / key
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"{")
     log, watch = look(home).damaged
     assert "00000002.json, an entry of the promotion log, is damaged" in log
-    assert "watch/l.json, the state of a watch, is damaged" in watch
+    assert "lineages/l.state.json, the state of lineage 'l', is damaged" in watch
     with pytest.raises(StoreError, match="nobody knows which version is champion"):
         ask()
     assert exit_code_of_status() == 1

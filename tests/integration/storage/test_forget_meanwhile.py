@@ -18,9 +18,10 @@ from deal_core.config import DataConfig
 from deal_core.errors import ConfigError
 from flows.forget import ForgetResult, forget, plan_forget
 from flows.lock import lock_lineage
+from infra.lineage_state import EndedArrival, note_ended
 from tasks.adaptation.ingest import ingest_arrival
 from tasks.context import current_store
-from tasks.inbox import InboxState, look, write_state
+from tasks.inbox import look
 from tasks.lineage.tombstones import ForgottenRowsError
 from tasks.progress import LogReporter, reporting_to
 from tasks.references import DatasetRef
@@ -131,9 +132,10 @@ def test_a_file_that_took_the_place_of_a_learned_one_is_not_forgotten_by_its_key
     store = current_store()
     store.put_bytes(KEY, Path(BANK["data"]).read_bytes())
     (info,) = look(store).arrivals
-    state = InboxState()
-    state.record(info, "promoted", "", now=datetime.now(UTC), version="1")
-    write_state(store, "l", state)
+    end = EndedArrival(
+        etag=info.etag, written=info.written, outcome="promoted", message="", version="1", at=datetime.now(UTC)
+    )
+    note_ended(store, "l", {KEY: end})
     learned = plan_forget(KEY)
     assert {each.kind for each in learned.held} >= {"inbox file", "test rows"}
     assert [each.version for each in learned.learned][:1] == ["1"]

@@ -13,7 +13,9 @@ import yaml
 from prefect import Flow
 from prefect.client.schemas.objects import ConcurrencyLimitStrategy
 
-from tasks.arrival_runs import ARRIVAL_LANDED
+from flows.sensor import ADAPT
+from flows.server.automations import RETURNING
+from flows.watch import adapt_landed
 
 FILE = Path(__file__).parents[3] / "prefect.yaml"
 TOP = {"name", "prefect-version", "build", "push", "pull", "deployments", "definitions"}
@@ -128,12 +130,12 @@ def test_prefect_yaml_says_only_what_prefect_understands(content: dict[str, Any]
         assert "deal" in deployment["tags"], "deal status and the automations look for it"
 
 
-def test_the_trigger_takes_the_lineage_from_the_event_that_is_emitted(content: dict[str, Any]) -> None:
-    (adapt,) = (deployment for deployment in content["deployments"] if deployment["name"] == "adapt")
-    (trigger,) = adapt["triggers"]
-    assert trigger["expect"] == [ARRIVAL_LANDED]
-    assert trigger["parameters"]["lineage"].startswith("{{ event.payload.lineage | default(event.resource.id.")
-    assert trigger["for_each"] == ["prefect.resource.id"], "else one lineage's arrivals would hide another's"
+def test_the_sensor_starts_the_deployment_that_learns(content: dict[str, Any]) -> None:
+    (adapt,) = (
+        deployment for deployment in content["deployments"] if deployment["entrypoint"].endswith("adapt_landed")
+    )
+    assert f"{adapt_landed.name}/{adapt['name']}" == ADAPT
+    assert adapt["name"] not in RETURNING, "the sweep alone decides what became of its runs"
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,12 @@ from infra.settings import StoreSettings
 from infra.store.local import FileStore, open_store
 from infra.store.s3 import S3Store, make_client
 from tasks.adaptation.ingest import ingest_arrival
+from tasks.arrivals import sense_inbox
 from tasks.context import current_store
 from tasks.data_files import local_files
-from tasks.inbox import InboxState, look, settle, task_spec
+from tasks.inbox import look, task_spec
 from tasks.lineage.datasets import read_manifest
+from tasks.lineage.settings import WatchedLineage
 from tests.loopback import Loopback
 from tests.s3 import ThreadedMotoServer
 
@@ -409,8 +411,8 @@ def test_a_folder_in_the_inbox_of_a_bucket_is_one_arrival(bucket: Any, monkeypat
     store.put_bytes("inbox/bank/whole.csv", table())
 
     def complete() -> list[str]:
-        found = settle(look(store), InboxState(), (), {}, settle_seconds=0, retry_now=False)
-        return sorted(info.key for info in found.complete)
+        state = sense_inbox(store, WatchedLineage(lineage="l"), look(store), 0)
+        return sorted(key for key, note in state.arrivals.items() if note.state == "waiting")
 
     assert complete() == ["inbox/bank/whole.csv"]
     store.put_bytes(f"{folder}/_SUCCESS", b"")

@@ -14,23 +14,23 @@ from typer.testing import CliRunner
 import flows.server.status
 from flows.cli.app import app
 from flows.server.status import _reason, _unusable_files, may_name_a_server, read_status
+from infra.lineage_state import Batch, LineageState
 from infra.run_journal import Run, RunJournal
-from infra.store.base import ObjectInfo, ObjectStore
+from infra.store.base import ObjectStore
 from infra.store.local import open_store
 from tasks.context import current_store, lineage_lock
-from tasks.inbox import Arrival, InboxState, look
+from tasks.inbox import look
+from tests.arriving import NOW
 from tests.in_process import put_back
 from tests.stored_versions import move, store_version
 
 
 def test_a_failed_arrival_is_told_of_with_what_opens_it_again() -> None:
-    now = datetime(2030, 1, 1, tzinfo=UTC)
-    file = ObjectInfo(key="inbox/bill/may.csv", size=1, etag="1", modified=now - timedelta(days=1))
-    info = Arrival(key=file.key, files=(file,))
-    away = InboxState().record(info, "failed", "The Hub is away.", now=now)
-    assert _reason(away) == "The Hub is away. (Failed 1 times; it is tried again from 2030-01-01 00:01 UTC on.)"
-    diverged = InboxState().record(info, "failed", "It diverged; change the settings.", now=now, is_final=True)
-    assert _reason(diverged) == "It diverged; change the settings.", "the message says what opens it"
+    away = Batch(id="one", made=NOW, due=NOW + timedelta(minutes=1), num_failed=1)
+    told = _reason("The Hub is away.", away)
+    assert told == "The Hub is away. (Failed 1 times; it is tried again from 2030-01-01 00:01 UTC on.)"
+    final = away.model_copy(update={"due": None})
+    assert _reason("It diverged; change the settings.", final) == "It diverged; change the settings."
 
 
 def test_files_that_lie_where_no_watch_looks_are_told_of(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_fault_of_one_lineage_is_shown_and_the_others_too(home: Path, monkeypa
     store.put_bytes("inbox/bank/a.jsonl", b'{"text": "a", "label": "b"}\n')
     read_state = flows.server.status.read_state
 
-    def fail(store: ObjectStore, lineage: str) -> InboxState:
+    def fail(store: ObjectStore, lineage: str) -> LineageState:
         if lineage == "odd":
             raise OverflowError("date value out of range")
         return read_state(store, lineage)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,13 +13,14 @@ import pytest
 
 from deal_core.config import AdapterConfig
 from deal_core.data.schema import TaskSchema
-from deal_core.errors import ConfigError, StoreError
+from deal_core.errors import ConfigError
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
+from infra.lineage_state import update
 from infra.store.local import FileStore
 from tasks.adaptation.run import RunInputs
 from tasks.landing import _new_label_remedy, choose_schema
 from tasks.lineage.record import FrozenRows, KnownTask, LineageRecord
-from tasks.lineage.requests import added_labels, find_renewal, keep_labels
+from tasks.lineage.requests import find_renewal
 from tasks.references import BaseRef, DatasetRef
 from tasks.spec import TaskSpec
 
@@ -41,6 +43,11 @@ def schema(store: FileStore, known: TaskSchema = BANK, **given: Any) -> TaskSche
         lineage="l", base=BASE, strategy="deal", adapter=AdapterConfig(), tasks=(task,), matrix=AccuracyMatrix()
     )
     return choose_schema(store, TaskSpec(name="bank", data="x.csv", **given), record)
+
+
+def keep_labels(store: FileStore, lineage: str, task: str, labels: Sequence[str]) -> None:
+    """Add labels by command."""
+    update(store, lineage, lambda state: state.model_copy(update={"labels": {task: tuple(labels)}}))
 
 
 @pytest.mark.parametrize("known", [("lost card", "fee"), ("lost card", "fee", "late")])
@@ -69,13 +76,6 @@ def test_labels_are_added_and_nothing_else(store: FileStore) -> None:
             schema(store, labels=said)
     with pytest.raises(ConfigError, match=r"task\.instruction of 'bank' is 'What\?'.*leave it out, or start"):
         schema(store, instruction="What?")
-
-
-def test_added_labels_of_another_release_are_not_guessed_at(store: FileStore) -> None:
-    assert added_labels(store, "l", "bank") == ()
-    store.put_bytes("labels/l/bank.json", b'{"schema_version": 2, "labels": []}')
-    with pytest.raises(StoreError, match="schema version 2"):
-        added_labels(store, "l", "bank")
 
 
 def test_a_dataset_widens_its_own_task_alone() -> None:

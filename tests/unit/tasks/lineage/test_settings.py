@@ -18,17 +18,17 @@ from deal_core.errors import ConfigError
 from deal_core.judging_config import GateConfig
 from flows.cli.app import app
 from flows.cli.session import Session
+from infra.lineage_state import read_state
 from infra.store.base import ObjectStore
 from infra.store.local import FileStore
 from tasks.lineage.settings import (
     AskedSpec,
-    hold_lineage_file,
     parse_settings,
+    pause_lineage,
     read_lineage,
     read_lineages,
     spec_from_options,
     watched_from_options,
-    why_held,
 )
 from tasks.spec import AdaptSpec, TaskSpec
 from tests.stored_versions import store_version
@@ -71,12 +71,12 @@ def test_a_lineage_file_has_what_was_given_and_keeps_a_hold_through_mistakes(
         return yaml.safe_load(store.get_bytes("lineages/l.yaml"))
 
     assert add() == yaml.safe_load(text), "later defaults of the other settings reach the lineage"
-    hold_lineage_file(store, "l", "the labels are being corrected")
+    pause_lineage(store, "l", "the labels are being corrected")
     store.put_bytes("lineages/l.yaml", store.get_bytes("lineages/l.yaml") + b"no_setting: 1\n")
     with pytest.raises(ConfigError):
         read_lineage(store, "l")
-    assert why_held(store, "l") == "the labels are being corrected"
-    assert add() == {**yaml.safe_load(text), "held": "the labels are being corrected"}
+    assert add() == yaml.safe_load(text)
+    assert read_state(store, "l").paused == "the labels are being corrected"
 
 
 def test_options_alone_make_a_spec(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,13 +141,12 @@ def test_without_files_every_lineage_with_a_version_learns_what_lands(tmp_path: 
     assert learn() == ["default"]
     for lineage in ("demo", "desk"):
         store_version(store, {}, lineage)
-    assert learn() == ["demo", "desk"] and read_lineage(store, "demo").held is None
-    hold_lineage_file(store, "demo", "holiday")
+    assert learn() == ["demo", "desk"] and read_state(store, "demo").paused is None
+    pause_lineage(store, "demo", "holiday")
     assert learn() == ["demo", "desk"], "a pause of one lineage must not stop the others"
-    assert [read_lineage(store, name).held for name in learn()] == ["holiday", None]
+    assert [read_state(store, name).paused for name in learn()] == ["holiday", None]
     store.put_bytes("lineages/support.yaml", STORED.encode())
-    store.delete("lineages/demo.yaml")
-    assert learn() == ["desk", "support"]
+    assert learn() == ["support"]
     with pytest.raises(ConfigError, match=r"There is no .*demo"):
         read_lineage(store, "demo")
 

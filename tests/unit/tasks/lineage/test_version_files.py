@@ -16,6 +16,7 @@ from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.errors import DealError, StoreError
 from infra.fingerprints import read_fingerprint
 from infra.general_scores import read_scores
+from infra.lineage_state import read_ended, read_state
 from infra.promotions import PromotionLog
 from infra.run_journal import RunJournal
 from infra.store.base import ObjectNotFoundError, ObjectStore
@@ -24,11 +25,9 @@ from infra.store.keys import adapter_scores_key
 from infra.versions import Versions
 from tasks.adaptation.resume import read_findings
 from tasks.context import current_store
-from tasks.inbox import read_state
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.frozen_rows import load_test_set, read_answers
 from tasks.lineage.record import FrozenRows, KnownTask, read_record
-from tasks.lineage.requests import added_labels
 from tasks.lineage.settings import read_lineage
 from tasks.lineage.version_files import borrowed_adapter
 from tests.stored_versions import move, put_version, run_key, version
@@ -62,8 +61,8 @@ READERS: dict[str, Callable[[ObjectStore], Any]] = {
     "datasets/bank/77/test.parquet": lambda store: load_test_set(store, BANK),
     "promotions/l/00000001.json": lambda store: PromotionLog(store).last("l"),
     f"runs/l/{run_key(1)[:16]}.json": lambda store: RunJournal(store).find("l", run_key(1)),
-    "watch/l.json": lambda store: read_state(store, "l"),
-    "labels/l/bank.json": lambda store: added_labels(store, "l", "bank"),
+    "lineages/l.state.json": lambda store: read_state(store, "l"),
+    "arrivals/l/2026.json": lambda store: read_ended(store, "l"),
     f"base_models/{'b' * 64}.4bit.json": lambda store: read_fingerprint(store, "b" * 64, "4bit"),
     f"{ADAPTER}/general.json": lambda store: read_scores(store, adapter_scores_key(ADAPTER), ""),
     "versions/l/00000007.json": lambda store: Versions(store).find("l", "7"),

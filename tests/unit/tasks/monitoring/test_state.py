@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
-import pytest
-
-from deal_core.errors import StoreError
 from deal_core.monitoring.report import Alarm, AlarmKind, DriftReport, Status, TaskDrift
-from infra.store.keys import monitor_key
-from infra.store.local import open_store
-from tasks.monitoring.state import MonitorState, OpenAlarm, next_state, read_monitor_state, write_monitor_state
+from infra.lineage_state import MonitorState, OpenAlarm
+from tasks.monitoring.state import next_state
 
 START = datetime(2026, 5, 4, 4, 0, tzinfo=UTC)
 
@@ -40,7 +35,7 @@ def looks(
     """The state after some looks, one a day, and what each announces."""
     announced = []
     for day, each in enumerate(reports):
-        before, new = next_state(before, "support", version, each, START + timedelta(days=day))
+        before, new = next_state(before, version, each, START + timedelta(days=day))
         announced.append(new)
     assert before is not None
     return before, announced
@@ -55,11 +50,11 @@ def test_an_alarm_is_announced_once_and_again_after_it_was_gone() -> None:
 
 def test_an_alarm_after_a_lost_state_is_another_and_after_a_crash_the_same() -> None:
     first, crashed = (
-        next_state(None, "support", "3", report(bank=("drift",)), START + after)[1][0]
+        next_state(None, "3", report(bank=("drift",)), START + after)[1][0]
         for after in (timedelta(), timedelta(minutes=5))
     )
     assert first.identity("3") == crashed.identity("3")
-    later = next_state(None, "support", "3", report(bank=("drift",)), START + timedelta(days=9))[1][0]
+    later = next_state(None, "3", report(bank=("drift",)), START + timedelta(days=9))[1][0]
     assert later.identity("3") != first.identity("3") != first.identity("4")
 
 
@@ -93,15 +88,3 @@ def test_the_state_is_told_in_one_line() -> None:
         "version 3, 2026-05-04 04:00 UTC: bank: drift since 2026-05-04 04:00; clinic: 200 rows, no alarm; "
         "notes: too few rows (2)"
     )
-
-
-def test_the_state_is_kept_and_a_damaged_one_is_refused(tmp_path: Path) -> None:
-    store = open_store(str(tmp_path))
-    assert read_monitor_state(store, "support") is None
-    state, _ = looks(report(bank=("decayed",)))
-    write_monitor_state(store, state)
-    assert read_monitor_state(store, "support") == state
-    for content in (b"{", b'{"schema_version": 2}', b'{"schema_version": 1, "lineage": 1}'):
-        store.put_bytes(monitor_key("support"), content)
-        with pytest.raises(StoreError, match=r"monitor/support.json"):
-            read_monitor_state(store, "support")

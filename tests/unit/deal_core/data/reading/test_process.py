@@ -24,7 +24,7 @@ import pytest
 
 from deal_core.data.answer_files import survey_rows
 from deal_core.data.reading import readers
-from deal_core.data.reading.readers import count_rows, look_at, read_batches, read_rows
+from deal_core.data.reading.readers import look_at, read_batches, read_rows
 from deal_core.errors import DataValidationError, ReaderDiedError
 from tests.hostile_parquet import ABORTS, odd_columns, repeated
 from tests.parsed import parsed_rows
@@ -33,7 +33,6 @@ READS: dict[str, Callable[[Path], Any]] = {
     "look": look_at,
     "rows": lambda path: list(read_rows(path)),
     "survey": survey_rows,
-    "count": count_rows,
 }
 
 
@@ -61,6 +60,26 @@ def test_a_file_that_ends_its_reader_is_refused_in_one_sentence(read: str) -> No
     message = str(refused.value)
     assert message.startswith("abort.parquet ended the process that reads it (SIGABRT: ")
     assert message.endswith("write it again.") and message.isprintable() and len(message) < 300
+
+
+def test_one_process_counts_the_rows_of_files_and_goes_on_after_one_that_ends_it(
+    lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[object] = []
+    start = subprocess.Popen
+
+    def note(*arguments: Any, **options: Any) -> Any:
+        started.append(arguments)
+        return start(*arguments, **options)
+
+    monkeypatch.setattr(readers.subprocess, "Popen", note)
+    table, notes, cut = tmp_path / "table.parquet", tmp_path / "notes.txt", tmp_path / "cut.jsonl.gz"
+    pq.write_table(pa.table({"text": ["a"] * 7}), table)
+    notes.write_text("x")
+    cut.write_bytes(gzip.compress(b'{"text": "a"}\n' * 9)[:-9])
+    paths = [lines, table, notes, ABORTS, tmp_path / "gone.csv", cut, lines]
+    assert [*readers.count_rows(paths)] == [NUM_LINES, 7, None, None, None, None, NUM_LINES]
+    assert len(started) == 2
 
 
 def test_a_file_that_takes_too_much_memory_is_refused(tmp_path: Path) -> None:

@@ -76,10 +76,9 @@ def test_the_rows_of_every_kind_can_be_counted(tmp_path: Path, kind: str, packin
     content = to_bytes(kind, ROWS)
     path = tmp_path / f"rows.{kind}{packing}"
     path.write_bytes(gzip.compress(content) if packing else content)
-    assert count_rows(path) == len(ROWS)
+    assert [*count_rows([path])] == [len(ROWS)]
     path.write_bytes(path.read_bytes()[:-12] if packing or kind == "parquet" else b"\xff\xfe")
-    with pytest.raises(DataValidationError):
-        count_rows(path)
+    assert [*count_rows([path])] == [None]
 
 
 def test_a_gzip_file_is_known_by_its_bytes_not_its_name(tmp_path: Path) -> None:
