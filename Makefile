@@ -13,7 +13,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test nightly engine lint format type wheel constraints notebook site release-notes clean
+.PHONY: help setup demo test nightly engine lint format type wheel constraints schema notebook site release-notes clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1	\2/p' $(MAKEFILE_LIST)
@@ -70,6 +70,10 @@ constraints: $(VENV)/.stamp-dev ## write constraints.txt: the versions in the en
 	$(BIN)/python -m pip check
 	{ echo "# The versions that the tests passed with. make constraints writes this file."; \
 	$(BIN)/python -m pip freeze --exclude deal-pipeline | sed -nE 's/^([A-Za-z0-9._-]+==[^+ ]+)(\+[^ ]*)?$$/\1/p'; } > constraints.txt
+
+schema: $(VENV)/.stamp-dev ## write tasks/spec.schema.json, which editors read, from the settings
+	$(BIN)/python -c 'from docs.site.reference import spec_schema as make; from tasks.spec import SPEC_SCHEMA as file; \
+	file.write_text(make(), encoding="utf-8")'
 
 notebook: $(VENV)/.stamp-dev ## run docs/quickstart.ipynb and store what its cells show
 	$(BIN)/python -m docs.site.run_notebook

@@ -53,6 +53,8 @@ Strategy = Annotated[
 ]
 """The name of one of this project's strategies, or of an installed package's."""
 DEFAULT_STRATEGY = "deal"
+SPEC_SCHEMA = Path(__file__).with_name("spec.schema.json")
+"""The JSON schema of a spec, for editors. `make schema` writes it."""
 MAX_PROBLEMS = 15
 """Problems of a file that a message lists; further problems are only counted."""
 Model = TypeVar("Model", bound=BaseModel)

@@ -139,13 +139,40 @@ def commands_page() -> str:
     return re.sub(r"[ \t]+$", "", page, flags=re.MULTILINE).rstrip() + "\n"
 
 
+def spec_schema() -> str:
+    """Return the JSON schema of a spec for editors: the fields' limits, and their docstrings as descriptions.
+
+    The schema names this project's strategies and takes those of other packages too.
+    """
+    schema = AdaptSpec.model_json_schema()
+    del schema["description"]
+    kinds = {name: _class_of(name) for name in schema["properties"]}
+    for part, kind in [
+        (schema, AdaptSpec),
+        *((schema["$defs"][kind.__name__], kind) for kind in kinds.values() if kind is not None),
+    ]:
+        part["title"] = docstring_of(kind).split("\n\n")[0].replace("\n", " ")
+        part.pop("description", None)
+        for name, field in part["properties"].items():
+            if described := docstring_of(kind, name).replace("\n", " "):
+                field.pop("title", None)
+                field["description"] = described
+            else:  # a section: its class says what it is, and its fields have the defaults
+                field.pop("default", None)
+    strategy = schema["properties"]["strategy"]
+    strategy["examples"] = strategy.pop("anyOf")[0]["enum"]
+    strategy["type"] = ["string", "null"]
+    return json.dumps(schema, ensure_ascii=False, indent=1) + "\n"
+
+
 SITE_PAGES = {
     "settings.md": settings_page,
     "environment.md": environment_page,
     "commands.md": commands_page,
     "json_schemas.json": json_schemas,
+    "spec.schema.json": spec_schema,
 }
-"""File of the site → what makes its content. No such file is stored."""
+"""File of the site → what makes its content. Of these files `spec.schema.json` alone is stored (`make schema`)."""
 
 
 def _table(kind: type, properties: Mapping[str, Any]) -> Iterator[str]:

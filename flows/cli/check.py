@@ -32,6 +32,7 @@ _SHOWN_LABELS = 20
 _SCORED_ROWS = 20_000
 """Rows of a file from which those are chosen that the champion answers; of more, the first ones."""
 _SPEC = """\
+# yaml-language-server: $schema={schema}
 # Check it with `deal check {out} --plan`, learn it with `deal adapt {out}`.
 # Every other setting has a default: after the first run, `deal lineage show NAME` prints all of them.
 {values}# What more a task can say:
@@ -84,6 +85,7 @@ def init(
     import yaml
 
     from tasks.lineage.settings import parse_settings
+    from tasks.spec import SPEC_SCHEMA
     from tasks.validate import spec_to_check, validate
 
     name = re.sub(r"[^a-z0-9_-]+", "-", Path(file).stem.lower()).strip("-_") or "task" if task is None else task
@@ -99,6 +101,7 @@ def init(
         list(data.labels or ("yes", "no")), default_flow_style=True, allow_unicode=True, width=10**6
     )
     text = _SPEC.format(
+        schema=SPEC_SCHEMA,
         out=out,
         values=yaml.safe_dump(values, sort_keys=False, allow_unicode=True),
         instruction="Choose the topic of the message." if data.labels else "Answer the question.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,8 +11,10 @@ from jsonschema import Draft202012Validator
 from typer.main import get_command
 
 from docs.site.printed import printed_by, schema_of
+from docs.site.reference import spec_schema
 from flows.cli.app import app
 from flows.cli.session import CommandResult, Events, Session
+from tasks.spec import SPEC_SCHEMA
 from tests.printed import command_of, commands, require_described
 
 
@@ -28,6 +31,15 @@ def test_every_command_has_a_schema() -> None:
     assert sorted(commands()) == names
     for printed in commands().values():
         Draft202012Validator.check_schema(schema_of(printed))
+
+
+def test_the_schema_of_a_spec_is_that_of_the_settings() -> None:
+    assert spec_schema() == SPEC_SCHEMA.read_text(encoding="utf-8"), "make schema"
+    schema = json.loads(spec_schema())
+    Draft202012Validator.check_schema(schema)
+    strategy = Draft202012Validator(schema["properties"]["strategy"])
+    assert strategy.is_valid("deal") and strategy.is_valid("one_of_another_package")
+    assert "Passes over the rows" in schema["$defs"]["TrainConfig"]["properties"]["num_epochs"]["description"]
 
 
 def silent(deal: Session) -> None: ...

@@ -70,9 +70,10 @@ def test_every_module_is_installed_and_nothing_else(installed: Path) -> None:
         assert {str(path.relative_to(installed)) for path in (installed / package).rglob("*.py")} == source
 
 
-def test_what_a_server_is_told_is_installed(installed: Path) -> None:
+def test_what_servers_and_editors_are_told_is_installed(installed: Path) -> None:
     assert (installed / "share" / "deal-pipeline" / "prefect.yaml").is_file()
     assert (installed / "infra" / "work_pools.yaml").is_file()
+    assert (installed / "tasks" / "spec.schema.json").is_file()
 
 
 def test_the_example_data_is_installed(installed: Path) -> None:

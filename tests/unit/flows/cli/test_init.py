@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jsonschema import Draft202012Validator
 from typer.testing import CliRunner, Result
 
 from flows.cli.app import app
@@ -36,6 +37,17 @@ def test_the_spec_is_checked_as_it_is_and_no_file_is_replaced(deal: Deal) -> Non
     assert (checked["accepted"], checked["num_read"]) == (True, 60)
     again = deal("init", "Bank mails.jsonl")
     assert again.exit_code == 2 and "spec.yaml is there already" in again.stderr
+
+
+def test_an_editor_finds_the_schema_and_takes_the_spec(deal: Deal) -> None:
+    deal("init", "Bank mails.jsonl", "--set", "train.num_epochs=1")
+    text = Path("spec.yaml").read_text()
+    schema = json.loads(Path(text.splitlines()[0].removeprefix("# yaml-language-server: $schema=")).read_text())
+    validator = Draft202012Validator(schema)
+    spec = yaml.safe_load(text)
+    assert validator.is_valid(spec)
+    assert not validator.is_valid(spec | {"train": {"num_epoch": 1}}), "no such setting"
+    assert not validator.is_valid(spec | {"gate": {"confidence": 95}}), "outside its limits"
 
 
 def test_its_remark_about_labels_can_be_used(deal: Deal) -> None:
