@@ -140,6 +140,9 @@ class VersionFacts(BaseModel, frozen=True):
     """Its score on each suite of general ability that is on, 0 to 1."""
     debts: Mapping[str, float] = {}
     """Points that each task has lost since it was learned, over all versions together; below 0: gained."""
+    base_divergence: float | None = None
+    """How far it is from the base model on test rows of the task that it learned: KL(base ‖ version) in nats per answer
+    token; None: not measured."""
     accepted: bool
     """Whether its gate accepted it."""
     reasons: tuple[str, ...] = ()

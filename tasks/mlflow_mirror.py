@@ -253,6 +253,7 @@ def _write_version(store: ObjectStore, tracker: Tracker, run: Run | None, versio
     shown = scores | {f"accuracy/{name}": value for name, value in version.accuracies.items()}
     shown |= {f"general/{name.replace(':', '/')}": value for name, value in version.general.items()}
     shown |= {f"debt/{name}": points for name, points in version.debts.items()}
+    shown |= {"base_divergence": version.base_divergence}
     tracked.log_metrics({**shown, **_arrival_metrics(version)})
     described: dict[str, Any] = {
         "name": f"{version.lineage}-{version.task}",

@@ -18,6 +18,7 @@ from deal_core.base_model.language_model import LanguageModel
 from deal_core.base_model.turn_ends import stop_ids
 from deal_core.evaluation.general_ability import perplexity
 from deal_core.evaluation.label_scores import label_scores, recentred_accuracy
+from deal_core.evaluation.likelihood import divergence_from_base
 from deal_core.evaluation.metrics import collapsed
 from deal_core.evaluation.report import Scores
 from deal_core.evaluation.score import TaskEvaluation, confidences_of, count_too_long, evaluate_answers, evaluate_task
@@ -211,6 +212,16 @@ class Scorer:
                 max_prompt_tokens=test_set.max_prompt_tokens,
             )
         )
+
+    def divergence_from_base(self, adapter_folder: Path, test_set: TestSet) -> float | None:
+        """How far an adapter is from the base model on a task's rows, see `likelihood.divergence_from_base`.
+
+        None: other processes answer, and the base model is not loaded into this one.
+        """
+        if self._processes is not None:
+            return None
+        with adapter_on(lend_base(self._base).model, adapter_folder) as model:
+            return divergence_from_base(model, self._tokenizer, test_set, test_set.rows)
 
     def count_too_long(self, test_set: TestSet, references: Sequence[str | Sequence[str]]) -> int:
         """Rows whose references no answer can match."""

@@ -5,14 +5,15 @@ Shapes: N rows, B rows of a batch, K tokens of the longest answer, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedTokenizerBase
 
 from deal_core.base_model.language_model import LanguageModel
@@ -25,6 +26,8 @@ CHUNK_ROWS = 512
 """Rows whose tokens are in memory at once. Batches of similar length are made within a chunk."""
 READS_OF_PREFERENCE = 4
 """Two answers of each row are read by two models."""
+DIVERGENCE_ROWS = 32
+"""Rows on which a version is compared with its base model: a few seconds on two cores with the built-in model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,33 +65,42 @@ def measure(
     other rows by rounding only: the batches of a chunk are made of rows of similar length. `max_answer_tokens` includes
     the end token.
     """
-    model.eval()
-    collate = answer_collator(model, tokenizer, reads_whole_rows=False)
+    limits = {"max_prompt_tokens": max_prompt_tokens, "max_answer_tokens": max_answer_tokens}
     figures_N4 = torch.zeros(len(rows), 4, dtype=torch.float64)
-    for start in range(0, len(rows), CHUNK_ROWS):
-        chunk = rows[start : start + CHUNK_ROWS]
-        encoded = [
-            encode_row(
-                {"input": text, "output": answer},
-                tokenizer,
-                task,
-                max_prompt_tokens=max_prompt_tokens,
-                max_answer_tokens=max_answer_tokens,
-            )
-            for text, answer in zip(chunk["input"], chunk["output"], strict=True)
-        ]
-        longest = max(len(row["answer_ids"]) for row in encoded)
-        max_rows = rows_with_logits(model, longest, num_bytes=12)
-        for batch in batches_by_length([row["length"] for row in encoded], max_rows):
-            collated = collate([encoded[i] for i in batch])
-            features = {name: value.to(device_of(model)) for name, value in collated.items()}
-            figures_N4[[start + i for i in batch]] = _figures(model, features).cpu()
-            if on_progress is not None:
-                on_progress(len(batch))
+    for places, features in _batches(model, tokenizer, task, rows, num_bytes=12, **limits):
+        figures_N4[places] = _figures(model, features).cpu()
+        if on_progress is not None:
+            on_progress(len(places))
     loss_N, num_tokens_N, num_hits_N, squares_N = figures_N4.unbind(1)
     return MeasuredAnswers(
         loss_N=loss_N, num_tokens_N=num_tokens_N.clamp(min=1), num_hits_N=num_hits_N, gradient_N=squares_N.sqrt()
     )
+
+
+def _batches(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskSchema,
+    rows: Dataset,
+    *,
+    num_bytes: int,
+    **limits: int,
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Yield the places of rows of similar length, and these rows collated. A logit takes `num_bytes` in all."""
+    model.eval()
+    collate = answer_collator(model, tokenizer, reads_whole_rows=False)
+    for start in range(0, len(rows), CHUNK_ROWS):
+        chunk = rows[start : start + CHUNK_ROWS]
+        encoded = [
+            encode_row({"input": text, "output": answer}, tokenizer, task, **limits)
+            for text, answer in zip(chunk["input"], chunk["output"], strict=True)
+        ]
+        longest = max(len(row["answer_ids"]) for row in encoded)
+        max_rows = rows_with_logits(model, longest, num_bytes=num_bytes)
+        for batch in batches_by_length([row["length"] for row in encoded], max_rows):
+            collated = collate([encoded[i] for i in batch])
+            features = {name: value.to(device_of(model)) for name, value in collated.items()}
+            yield [start + i for i in batch], features
 
 
 @torch.inference_mode()
@@ -103,6 +115,36 @@ def _figures(model: LanguageModel, features: Mapping[str, Tensor]) -> Tensor:
     squares_BK = (sums_BK - 2 * (-losses_BK).exp() + 1).clamp(min=0) * is_token_BK
     figures = (losses_BK, is_token_BK.double(), hits_BK.double(), squares_BK)
     return torch.stack([figure_BK.sum(1) for figure_BK in figures], 1)
+
+
+def divergence_from_base(
+    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, task: ServedTask, rows: Dataset
+) -> float | None:
+    """Return KL(base ‖ version) of the next token, in nats, as the mean over the answers' tokens of some rows.
+
+    This distance on the task that was learned predicts how much else is forgotten (RL's Razor, arXiv 2509.04259). The
+    paper draws the answers from a model. Here they are the first right answers of the first DIVERGENCE_ROWS test rows,
+    read once with the adapter and once without, so that nothing is generated. The base model itself has 0. None: the
+    figure is not finite.
+    """
+    if not isinstance(model, PeftModel):
+        return 0.0
+    limits = {"max_prompt_tokens": task.max_prompt_tokens, "max_answer_tokens": task.max_new_tokens + 1}  # with the end
+    first, total, num_tokens = rows.select(range(min(len(rows), DIVERGENCE_ROWS))), 0.0, 0
+    for _, features in _batches(model, tokenizer, task.schema, first, num_bytes=24, **limits):
+        own_KV = _token_log_probs(model, features)
+        with model.disable_adapter():
+            base_KV = _token_log_probs(model, features)
+        total += float(kl_div(own_KV, base_KV, reduction="sum", log_target=True))
+        num_tokens += len(own_KV)
+    mean = total / max(1, num_tokens)
+    return mean if math.isfinite(mean) else None
+
+
+@torch.inference_mode()
+def _token_log_probs(model: LanguageModel, features: Mapping[str, Tensor]) -> Tensor:
+    """Log-probabilities of all tokens at each answer token of a batch, fp32."""
+    return answer_logits(model, features)[features["labels"] != IGNORED].float().log_softmax(-1)
 
 
 def token_probabilities(

@@ -113,6 +113,8 @@ class EvaluationReport(VersionedJson, what="The evaluation report", error=ValueE
     perplexity: float | None = None
     """Perplexity of plain English that belongs to no task; None if the model has none (an encoder-decoder)."""
     base_perplexity: float | None = None
+    base_divergence: float | None = None
+    """KL(base ‖ version) in nats per answer token on test rows of `task`; None: not measured."""
     general: Mapping[str, GeneralScores] = field(default_factory=dict)
     """Per suite of general ability that is on, its scores."""
     adapter: AdapterFacts | None = None

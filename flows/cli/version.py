@@ -224,6 +224,7 @@ def _show_version(lineage: str, entry: HistoryEntry) -> Sequence[RenderableType]
         "average accuracy, %": percent(entry.average_accuracy),
         "forgetting, points": percent(entry.forgetting),
         **{f"{name}, %": percent(score) for name, score in entry.general.items()},
+        "KL to the base model, nats a token": "–" if entry.base_divergence is None else f"{entry.base_divergence:.3f}",
         "version before, on the arrival": entry.arrival.figure if entry.arrival else "–",
         "lost since it was learned, points": escape(
             ", ".join(f"{task} {lost:.1f}" for task, lost in entry.debts.items()) or "–"

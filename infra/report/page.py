@@ -238,6 +238,8 @@ def scores_of(report: RunReport, evaluation: EvaluationReport) -> list[tuple[str
     if changes:
         worst = min(changes, key=lambda old: changes[old])
         scores.append((f"largest change of an old task: {worst}", f"{points(changes[worst], sign=True)} points"))
+    if evaluation.base_divergence is not None:
+        scores.append((f"KL to the base model on {task}", f"{evaluation.base_divergence:.3f} nats a token"))
     if report.changed:
         gained, lost = totals(report.changed)
         scores.append(("test rows gained, lost", f"+{gained}, −{lost}"))

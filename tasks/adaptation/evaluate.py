@@ -77,9 +77,12 @@ def evaluate_version(
     judging = [test_set for test_set in asked.all if test_set.schema.name not in asked.slices]
     write_reference(store, trained.uri, adaptation.lineage, judging, scores.now.evaluations)
     general = measure_general(scorer, adaptation, trained)
-    of_rows = (*asked.notes, *_length_notes(scorer, asked, adaptation.dataset), *collapse_notes(scores.now))
+    (own,) = (test_set for test_set in asked.all if test_set.schema.name == adaptation.dataset.task)
+    divergence = scorer.divergence_from_base(trained.folder, own)
+    of_rows = (*asked.notes, *_length_notes(scorer, own, adaptation.dataset), *collapse_notes(scores.now))
     notes = (*notes, *of_rows, *general.notes)
-    return replace(_report(adaptation, asked, scores, scorer.num_rows, notes, scorer.answerer), general=general.scores)
+    report = _report(adaptation, asked, scores, scorer.num_rows, notes, scorer.answerer)
+    return replace(report, general=general.scores, base_divergence=divergence)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,9 +253,8 @@ def _score(scorer: Scorer, asked: _Asked, adaptation: AdaptationRun, trained: Tr
     )
 
 
-def _length_notes(scorer: Scorer, asked: _Asked, dataset: DatasetRef) -> Iterator[str]:
-    """Notes about right answers that are longer than the answers may be."""
-    (own,) = (test_set for test_set in asked.all if test_set.schema.name == dataset.task)
+def _length_notes(scorer: Scorer, own: TestSet, dataset: DatasetRef) -> Iterator[str]:
+    """Notes about right answers of the arrival's task that are longer than the answers may be."""
     if num_too_long := scorer.count_too_long(own, right_answers(own.rows)):
         effect = "so no answer can match them" if own.schema.metric == "exact" else "so answers to them are cut"
         yield (

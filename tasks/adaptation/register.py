@@ -89,6 +89,7 @@ def register_version(
         shard=trained.summary.shard,
         accuracies=dict(report.accuracies),
         general={name: mean_score(scores.now) for name, scores in report.general.items()},
+        base_divergence=report.base_divergence,
         debts={name: debt.points for name, debt in report.debts.items()},
         **{name: getattr(report.matrix, name) for name in SCORES},
     )

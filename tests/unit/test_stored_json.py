@@ -47,6 +47,7 @@ REPORT = EvaluationReport(
     perplexity=31.5,
     metrics={"bank": "exact", "talk": "rouge_l"},
     base_perplexity=float("inf"),
+    base_divergence=0.25,
     general={"json": GeneralScores(now=(1.0, 0.0), base=(1.0, 1.0), parent=None)},
     adapter=AdapterFacts(norm=1.25, parent_norm=None, is_changed=True),
     majority_rate=0.5,

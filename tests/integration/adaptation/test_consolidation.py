@@ -135,6 +135,8 @@ def test_a_consolidation_learns_all_arrivals_and_is_judged_against_the_champion(
     assert matrix.trained == ("bank", "clinic", "clinic") and matrix.consolidated == (2,)
     report = evaluation_of(result)
     assert report["is_consolidation"] and set(report["parent_accuracies"]) == {"bank", "clinic"}
+    assert version.base_divergence == report["base_divergence"] > 0
+    assert "KL to the base model on clinic" in page_of(result)[1]
     assert set(version.debts) == {"bank", "clinic"} and report["debts"]["bank"]["since"] == "1"
     assert report["debts"]["clinic"]["since"] == "2" and report["debts"]["clinic"]["paired"] is not None
     assert "has learned 2 arrivals together" in page_of(result)[1] and "(consolidation)" in page_of(result)[1]

@@ -59,4 +59,5 @@ def test_the_base_model_is_not_loaded_where_other_processes_answer(
     asked = TestSet(schema=schema, rows=rows, max_prompt_tokens=64, max_new_tokens=1)
     found = scorer.score(None, [asked])
     assert found.accuracies == {"calls": 0.5} and found.answers == {"calls": {"1": "lost", "2": "late"}}
+    assert scorer.divergence_from_base(tmp_path, asked) is None
     assert scorer.count_too_long(asked, ["lost", "x", "as long as a sentence is"]) >= 1, "by the tokenizer"

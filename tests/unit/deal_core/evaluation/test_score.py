@@ -16,7 +16,7 @@ from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation import generation
 from deal_core.evaluation.generation import answer_inputs, generate, read_prefix
-from deal_core.evaluation.likelihood import token_probabilities
+from deal_core.evaluation.likelihood import DIVERGENCE_ROWS, divergence_from_base, token_probabilities
 from deal_core.evaluation.score import count_too_long, evaluate_task
 from tests.unit.deal_core.conftest import as_served, train_into
 
@@ -201,3 +201,26 @@ def test_an_answer_has_the_score_of_its_best_reference(base, task, rows, folder)
             each = known or [output]
             alone = evaluate("loss", Dataset.from_dict({"input": [text] * len(each), "output": each})).outcomes
             assert share == pytest.approx(max(alone), abs=1e-5)
+
+
+def test_the_distance_from_the_base_model_is_kl_at_the_answers_tokens(base, task, rows, folder):
+    def log_probs_at(model, prompt, answer):
+        ids = torch.tensor([[*prompt, *answer[:-1]]])
+        return model(input_ids=ids).logits[0, len(prompt) - 1 :].double().log_softmax(-1)
+
+    asked, found, served = rows(DIVERGENCE_ROWS + 5), [], as_served(task)
+    with adapter_on(base.model, folder) as model, torch.no_grad():
+        for row in asked.select(range(DIVERGENCE_ROWS)):
+            prompt = encode_prompt(base.tokenizer, task, row["input"], 64)
+            answer = encode_answer(base.tokenizer, task, row["output"], 51)
+            own = log_probs_at(model, prompt, answer)
+            with model.disable_adapter():
+                of_base = log_probs_at(model, prompt, answer)
+            found += (of_base.exp() * (of_base - own)).sum(-1).tolist()
+        distance = divergence_from_base(model, base.tokenizer, served, asked)
+        assert distance == pytest.approx(sum(found) / len(found), rel=1e-3) and distance > 0.1
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(float("nan"))
+        assert divergence_from_base(model, base.tokenizer, served, asked) is None
+    assert divergence_from_base(base.model, base.tokenizer, served, asked) == 0.0
