@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from deal_core.config import DataConfig
 from deal_core.data.dataset import Landing
-from deal_core.data.doubts import likeness
+from deal_core.data.near_tests import NearTests
 from deal_core.data.rows import stored_input_digest
 from deal_core.data.schema import TaskSchema, label_key
 from deal_core.errors import ConfigError
@@ -62,7 +62,7 @@ def landing_of(
             config=config,
             test_sources=test_sources,
             frozen_test_inputs=frozen.inputs,
-            frozen_likeness=frozen.likeness,
+            near_tests=frozen.near,
             num_lacking=num_lacking,
             learned_inputs=learned,
             renews_tests=bool(
@@ -141,8 +141,8 @@ class FrozenTests(NamedTuple):
 
     inputs: frozenset[bytes] = frozenset()
     """Their digests (`stored_input_digest`)."""
-    likeness: frozenset[int] = frozenset()
-    """See `deal_core.data.doubts.likeness`."""
+    near: NearTests = NearTests()
+    """The test rows, for what nearly equals them."""
 
 
 def frozen_tests(store: ObjectStore, record: LineageRecord, known: KnownTask) -> FrozenTests:
@@ -156,10 +156,10 @@ def frozen_tests(store: ObjectStore, record: LineageRecord, known: KnownTask) ->
         return FrozenTests()
     assert kind != "auto", "a task that was learned has a format"
     earlier = [uri for part in record.slices if part.of == name for uri in part.test_uris]
-    inputs, alike = set[bytes](), set[int]()
+    inputs, near = set[bytes](), NearTests()
     for uri in (*present, *earlier):
         if not forgotten_tests(store, name, [uri]):
-            texts = read_test_rows(store, uri, ["input"]).column("input").combine_chunks()
-            inputs.update(stored_input_digest(kind, text) for text in texts.to_pylist())
-            alike.update(likeness(kind, texts))
-    return FrozenTests(frozenset(inputs), frozenset(alike))
+            rows = read_test_rows(store, uri, ["input", "output"]).combine_chunks()
+            inputs.update(stored_input_digest(kind, text) for text in rows.column("input").to_pylist())
+            near.add(*(rows.column(column).combine_chunks() for column in ("input", "output")))
+    return FrozenTests(frozenset(inputs), near)

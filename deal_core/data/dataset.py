@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from array import array
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,10 +24,11 @@ from deal_core.data.chats import earlier_turns
 from deal_core.data.check import is_whole_number, numbers_for_labels, too_many_labels
 from deal_core.data.columns import SPLITTING, Columns
 from deal_core.data.contradictions import ContradictionFinder
-from deal_core.data.dataset_files import DatasetFiles
+from deal_core.data.dataset_files import DatasetFiles, NoFiles
 from deal_core.data.digest_set import Digests, DigestSet, merge_digests
 from deal_core.data.doubts import DoubtFinder
 from deal_core.data.good_rows import chosen, digests_in, good_rows
+from deal_core.data.near_tests import NearTests
 from deal_core.data.reading.batches import RowBatch
 from deal_core.data.rows import BadRow, Problem, Reason, RowTally
 from deal_core.data.schema import SCHEMA_VERSION, DatasetManifest, Split, TaskSchema, label_key
@@ -85,8 +88,8 @@ class Landing:
     frozen_test_inputs: Collection[bytes] = ()
     """Digests (`stored_input_digest`) of the texts of the task's permanent test rows. Training rows with such a text
     are bad rows. If the file names no split, only rows with these texts are test rows."""
-    frozen_likeness: Collection[int] = ()
-    """The `likeness` of these texts. Training rows that are like them are named."""
+    near_tests: NearTests = field(default_factory=NearTests)
+    """The permanent test rows. Training rows that nearly equal one of them are bad rows too."""
     num_lacking: int = 0
     """Test rows that the task lacks. So many new rows at most, and `test_share` of them, are added to the permanent
     ones, unless the file names a split."""
@@ -114,8 +117,9 @@ def build_dataset(landing: Landing, folder: Path) -> DatasetManifest:
     the smallest digests are test rows, whatever their answer is and whatever the order of the rows is. They are
     `test_share` of the rows, and at least MIN_TESTS or a third. New test rows of a known task are those drawn at
     random, if the file says it (`is_random`) and they are enough: the others were chosen as uncertain, so they say
-    nothing about the usual text. A known task that lacks test rows gets them by the digests of new texts too. Files of
-    an earlier call are replaced. The manifest has the task's format and labels filled in.
+    nothing about the usual text. A known task that lacks test rows gets them by the digests of new texts too. Training
+    rows with the text of a test row are bad rows, and so are those that nearly equal one (see `NearTests`). Files of an
+    earlier call are replaced. The manifest has the task's format and labels filled in.
 
     Raises:
         ArrivalRefusedError: There are too many bad rows, no training row or no test row; quarantine.jsonl is written.
@@ -123,7 +127,7 @@ def build_dataset(landing: Landing, folder: Path) -> DatasetManifest:
     """
     reader = ArrivalReader(landing)
     with DatasetFiles(folder, reader.task) as files:
-        report = reader.validate(files.add, files.reject)
+        report = reader.validate(files)
         if report.refusal is not None:
             where = f" The bad rows are listed in {files.quarantine_path}." if report.bad_rows else ""
             raise ArrivalRefusedError(report.refusal + where, report)
@@ -131,19 +135,16 @@ def build_dataset(landing: Landing, folder: Path) -> DatasetManifest:
 
 
 def validate_file(landing: Landing, on_rows: Callable[[pa.RecordBatch], None] = lambda rows: None) -> ValidationReport:
-    """Only the checks of `build_dataset`: nothing is written, and a refusal is reported instead of raised.
+    """Only the checks of `build_dataset`: nothing is left on the disk, and a refusal is reported instead of raised.
 
-    `on_rows` is called with the good training rows (see GOOD_ROWS), a part at a time.
+    `on_rows` is called with the good training rows (see GOOD_ROWS), a part at a time, and with those among them that
+    nearly equal a test row: which these are is known at the end.
 
     Raises:
         DataValidationError: The file cannot be read to its end.
     """
-
-    def keep(rows: pa.RecordBatch, split: Split) -> None:
-        if split == "train":
-            on_rows(rows)
-
-    return ArrivalReader(landing).validate(keep, lambda bad, raw: None)
+    with NoFiles() as files:
+        return ArrivalReader(landing).validate(files, on_rows)
 
 
 class _File(NamedTuple):
@@ -193,9 +194,24 @@ class ArrivalReader:
         self._learned_set = DigestSet(landing.learned_inputs)
         self._largest_test_word = -1 if self._grows else math.ceil(self._config.test_share * 2**32) - 1
         self._num_added = 0
+        self._near_tests = landing.near_tests.copy()
+        # of the kept training rows, to name those that are left out in the end
+        self._numbers = array("q")
+        """As `RawRow.number`; 0: an earlier turn of a chat."""
+        self._files_read: list[tuple[int, str]] = []
+        """The place of each file's first row in `_numbers`, and the file's name."""
+        self._near, self._num_near_turns = DigestSet(), 0
 
-    def validate(self, keep: Keep, reject: Callable[[BadRow, object], None]) -> ValidationReport:
-        """Check every row in order; pass it to `keep` or to `reject`."""
+    def validate(
+        self, files: DatasetFiles | NoFiles, on_rows: Callable[[pa.RecordBatch], None] = lambda rows: None
+    ) -> ValidationReport:
+        """Check every row in order, and write it. For `on_rows` see `validate_file`."""
+
+        def keep(rows: pa.RecordBatch, split: Split) -> None:
+            files.add(rows, split)
+            if split == "train":
+                on_rows(rows)
+
         infers_labels = self.task.format == "labelled" and not self.task.labels
         if infers_labels or self._names_split:
             self._survey(infers_labels)
@@ -203,11 +219,12 @@ class ArrivalReader:
             with suppress(DataValidationError):  # the second reading meets the same fault, and keeps the bad rows
                 self._survey(infers_labels)
         self._contradictions = ContradictionFinder(self.task, self._kept, include_texts=self._config.include_texts)
-        brings_tests = self._is_new or self._grows
-        self._doubts = DoubtFinder(self.task, self._landing.frozen_likeness, brings_tests=brings_tests)
+        self._doubts = DoubtFinder(self.task)
         num_several = 0
         for file, batch, checked in self._checked_batches():
             counts = self._counts[file.split]
+            if not self._files_read or self._files_read[-1][1] != file.source.name:
+                self._files_read.append((len(self._numbers), file.source.name))
             self._doubts.read(file.source.name, batch, checked.good)
             num_several += checked.good.num_rows - checked.good.column("references").null_count
             bad = sorted([*checked.bad, *self._keep_new(checked.good, file, batch, keep)], key=lambda found: found[0])
@@ -215,7 +232,9 @@ class ArrivalReader:
             for raw, (_, problems) in zip(raws, bad, strict=True):
                 row = BadRow(file=file.source.name, row=raw.number, line=raw.line, problems=tuple(problems))
                 counts.add_bad(row)
-                reject(row, raw.raw())
+                files.reject(row, raw.raw())
+        if self._near_tests:
+            self._leave_out_near_tests(files)
         manifest, all_counts = self._manifest(), self._counts.values()
         too_many_bad = (counts.refusal(self._config, self._landing.new_label_remedy) for counts in all_counts)
         return ValidationReport(
@@ -331,7 +350,10 @@ class ArrivalReader:
         if self._grows and split == "test":
             self._num_added += int((~self._frozen_set.contains(digests_in(new, "input_digest"))).sum())
         self._contradictions.add(new, split)
-        self._doubts.keep(batch, new, split)
+        if split == "train":
+            self._numbers.extend(batch.numbers(new.column("place").to_pylist()))
+        elif self._is_new or self._grows:
+            self._near_tests.add(new.column("input"), new.column("output"))
         if self._learns_every_turn and split == "train":
             self._keep_turns(new, keep)
         return chosen(rows, ~is_new)
@@ -357,17 +379,43 @@ class ArrivalReader:
         turns = chosen(turns, ~is_apart)
         turns = chosen(turns, self._kept["train"].add(digests_in(turns, "digest")))
         self._turns.add(digests_in(turns, "digest"))
+        self._numbers.extend([0] * turns.num_rows)
         keep(turns, "train")
+
+    def _leave_out_near_tests(self, files: DatasetFiles | NoFiles) -> None:
+        """Leave out the training rows that nearly equal a test row. All test rows are known now."""
+        counts = self._counts["train" if self._landing.test_sources else None]
+        starts = [start for start, _ in self._files_read]
+        found, place = [np.zeros(0, np.bool_)], 0
+        for rows in files.training_rows():
+            found.append(self._near_tests.find(rows.column("input"), rows.column("output")))
+            for offset in np.flatnonzero(found[-1]).tolist():
+                number = self._numbers[place + offset]
+                if number:  # a turn is no row of its own
+                    input, output = rows.column("input")[offset].as_py(), rows.column("output")[offset].as_py()
+                    file = self._files_read[bisect_right(starts, place + offset) - 1][1]
+                    problems = (Problem("nearly a test row", shorten(input)),)
+                    bad = BadRow(file=file, row=number, line=None, problems=problems)
+                    counts.add_bad(bad)
+                    files.reject(bad, {"input": input, "output": output})
+                else:
+                    self._num_near_turns += 1
+            place += rows.num_rows
+        is_near = np.concatenate(found)
+        if is_near.any():
+            files.leave_out(is_near)
+            self._near = self._kept["train"].take_out(is_near)
 
     def _manifest(self) -> DatasetManifest:
         contradictions = self._contradictions.found()  # before the digests are put in order
-        train, test, leaks = (rows.in_order() for rows in (self._kept["train"], self._kept["test"], self._leaks))
+        kept = self._kept
+        train, near, test, leaks = (rows.in_order() for rows in (kept["train"], self._near, kept["test"], self._leaks))
         counts = self._counts.values()
         problems = sum((side.problems for side in counts), Counter[str]())
-        landing, landed = self._landing, {"landed": [train, test]}
+        landing, landed = self._landing, {"landed": [train, near, test]}
         training_files = digests_of(landing.sources)
         if self._is_split_given:
-            landed = {"landed train": [train, leaks], "landed test": [test]}
+            landed = {"landed train": [train, near, leaks], "landed test": [test]}
         return DatasetManifest(
             task=self.task,
             sha256=self._digest({"train": [train], "test": [test]}),
@@ -377,7 +425,7 @@ class ArrivalReader:
             num_test=len(self._kept["test"]),
             num_added=self._num_added,
             num_rejected=sum(side.num_bad for side in counts),
-            num_turns=len(self._turns) - len(self._beginnings),
+            num_turns=len(self._turns) - len(self._beginnings) - self._num_near_turns,
             problems=dict(problems.most_common()),
             split="given" if self._is_split_given else "hash",
             retain_training_rows=self._config.retain_training_rows,

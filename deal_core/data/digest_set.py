@@ -53,6 +53,15 @@ class DigestSet:
         self._table[slots[is_new]] = np.arange(start, self._size, dtype=np.uint32) + 1
         return is_new
 
+    def take_out(self, is_taken: npt.NDArray[np.bool_]) -> DigestSet:
+        """Take digests out, by their places in the order of arrival; return them as a set."""
+        words = self._words[: self._size]
+        taken = DigestSet(words[is_taken].view("V32").ravel())
+        self._words = words[~is_taken]
+        self._size = len(self._words)
+        self._rebuild()
+        return taken
+
     def in_order(self) -> memoryview:
         """The sorted digests, one after another. No digest can be added afterwards."""
         self._table = np.zeros(0, np.uint32)
@@ -80,9 +89,13 @@ class DigestSet:
         if size > len(self._words):
             self._words.resize((size + size // 8, 4), refcheck=False)
         if size > len(self._table) // 2:
-            self._table = np.zeros(1 << int(3 * size).bit_length(), np.uint32)
-            for start in range(0, self._size, _CHUNK):
-                self._claim(start, min(start + _CHUNK, self._size))
+            self._rebuild(size)
+
+    def _rebuild(self, size: int = 0) -> None:
+        """Make the table anew, with places for `size` digests at least."""
+        self._table = np.zeros(1 << max(10, int(3 * max(size, self._size)).bit_length()), np.uint32)
+        for start in range(0, self._size, _CHUNK):
+            self._claim(start, min(start + _CHUNK, self._size))
 
     def _slots(self, words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         return words[:, 1] & np.uint64(len(self._table) - 1)  # not the first word, which decides the split

@@ -46,11 +46,6 @@ _DOUBTS: dict[Doubt, tuple[str, str]] = {
         "Labels that differ from another one only by invisible characters",
         "The model learns them as different answers. Write them alike, or give task.labels {CELL: NAME}.",
     ),
-    "tests alike": (
-        "Texts that are among the training rows and the test rows, but for case, spaces or a final dot",
-        "The model may answer such test rows by heart, and the accuracy looks better than it is. Keep each text on one "
-        "side: remove it from the others, or give a column split.",
-    ),
 }
 """Doubt → what its rows are, and what that means."""
 

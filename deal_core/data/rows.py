@@ -29,6 +29,7 @@ Reason = Literal[
     "unknown split",
     "duplicate row",
     "text of a test row",
+    "nearly a test row",
     "equal answers",
 ]
 

@@ -20,9 +20,9 @@ from deal_core.schema_version import VersionedJson
 
 Format = Literal["labelled", "completion", "chat"]
 Split = Literal["train", "test"]
-Doubt = Literal["swallowed rows", "repeated header", "labels alike", "tests alike"]
+Doubt = Literal["swallowed rows", "repeated header", "labels alike"]
 """What looks wrong about rows: a quoted cell of a CSV whose lines read like rows, a line with the names of the columns,
-a label that looks like another one, and a text that is like one on the other side of the split."""
+and a label that looks like another one."""
 AssistantTurns = Literal["all", "last"]
 PromptForm = Literal["plain", "chat"]
 

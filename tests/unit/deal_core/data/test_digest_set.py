@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import random
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +30,17 @@ def test_a_set_of_digests_is_a_set(batches: list[list[bytes]]) -> None:
         assert ours.add(batch).tolist() == is_new
         assert len(ours) == len(python)
     assert bytes(ours.in_order()) == b"".join(sorted(python))
+
+
+@given(digests=st.sets(DIGESTS | COLLIDING), chance=st.randoms(use_true_random=False))
+def test_digests_that_are_taken_out_are_there_no_more(digests: set[bytes], chance: random.Random) -> None:
+    in_arrival = chance.sample(sorted(digests), len(digests))
+    is_taken = [chance.random() < 0.5 for _ in in_arrival]
+    left = DigestSet(in_arrival)
+    taken = left.take_out(np.array(is_taken, np.bool_))
+    assert left.contains(in_arrival).tolist() == [not each for each in is_taken]
+    assert taken.contains(in_arrival).tolist() == is_taken and len(left) + len(taken) == len(digests)
+    assert left.add(in_arrival).tolist() == is_taken and len(left) == len(digests)
 
 
 def test_a_large_set_of_digests_grows_and_keeps_all() -> None:

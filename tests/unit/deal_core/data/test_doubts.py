@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import json
-import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from deal_core.config import DataConfig
 from deal_core.data.dataset import Landing, build_dataset
-from deal_core.data.doubts import MAX_NAMED, DoubtFinder, labels_alike, likeness
-from deal_core.data.good_rows import good_rows
-from deal_core.data.reading.batches import ParquetRows
+from deal_core.data.doubts import MAX_NAMED, labels_alike
 from deal_core.data.row_warnings import data_warnings
-from deal_core.data.rows import Row, stored_input_digest
 from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.data.source_files import files_at
 
@@ -105,55 +98,6 @@ def test_only_labels_that_look_the_same_are_alike() -> None:
     assert labels_alike(["heart \u2764", "heart \u2764\ufe0f"]) != []
 
 
-TEXT = st.text(st.sampled_from("aBc .é\nÉß"), max_size=8)
-
-
-def by_the_rule(text: str) -> str:
-    return "".join(text.casefold().split()).rstrip(".")
-
-
-@given(st.lists(TEXT, min_size=2, max_size=12))
-def test_likeness_is_that_of_the_rule(texts: list[str]) -> None:
-    found = likeness("labelled", pa.array(texts))
-    for one, first in zip(found, texts, strict=True):
-        for other, second in zip(found, texts, strict=True):
-            assert (one == other) == (by_the_rule(first) == by_the_rule(second)), (first, second)
-
-
-VARIANTS = ["the parcel NUMBER 7 is late", "The parcel number 7 is late.", "The  parcel number 7 is late .", "Öl 7."]
-
-
-@pytest.mark.parametrize("is_first", [False, True])
-def test_a_test_row_like_a_training_row_is_named(tmp_path: Path, is_first: bool) -> None:
-    tests = [{"text": text, "label": "late", "split": "test"} for text in [*VARIANTS, "another text"]]
-    train = [{**row, "split": "train"} for row in [*GOOD, {"text": "öl 7", "label": "late"}]]
-    rows = [*tests, *train] if is_first else [*train, *tests]
-    start = 1 if is_first else len(train) + 1
-    manifest = build(jsonl(tmp_path, rows))
-    assert named(manifest) == {"tests alike": [start, start + 1, start + 2, start + 3]}
-    assert (manifest.num_train, manifest.num_test) == (61, 5), "they are kept"
-
-
-def test_a_chat_that_is_like_a_training_chat_is_named(tmp_path: Path) -> None:
-    def row(asked: str, split: str) -> dict[str, Any]:
-        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": f"Yes, {asked}"}]
-        return {"messages": messages, "split": split}
-
-    rows = [row(f"Question {number}", "train") for number in range(9)]
-    assert named(build(jsonl(tmp_path, [*rows, row("question 4.", "test"), row("q", "test")]))) == {"tests alike": [10]}
-
-
-def test_a_training_row_like_one_of_the_lineages_test_rows_is_named(tmp_path: Path) -> None:
-    before = ["The bill number 3 is wrong", "Where is it?"]
-    frozen = {
-        "frozen_test_inputs": [stored_input_digest("labelled", text) for text in before],
-        "frozen_likeness": likeness("labelled", pa.array(before)),
-    }
-    rows = [*GOOD, {"text": "the bill number 3 is wrong.", "label": "late"}, {"text": before[1], "label": "late"}]
-    manifest = build(jsonl(tmp_path, rows), **frozen)
-    assert named(manifest) == {"tests alike": [61]} and manifest.num_test == 1
-
-
 def test_rows_of_several_files_are_named_with_their_files(tmp_path: Path) -> None:
     first = csv(tmp_path, [*LINES[:30], "text,label"], "a.csv")
     second = csv(tmp_path, ["text,label", *LINES[30:], *["text,label"] * MAX_NAMED], "b.csv")
@@ -161,21 +105,3 @@ def test_rows_of_several_files_are_named_with_their_files(tmp_path: Path) -> Non
     (warning,) = data_warnings(manifest, include_texts=False)
     assert "12 (a.csv row 31; b.csv rows 1, 32," in warning and "and 2 more)" in warning
     assert all(len(sentence.split()) <= 35 for sentence in warning.split(". "))
-
-
-def test_memory_grows_by_a_number_a_row() -> None:
-    number, size = 200_000, 10_000
-    finder = DoubtFinder(TaskSchema(name="t", labels=("a",)), (), brings_tests=True)
-    tracemalloc.start()
-    try:
-        for start in range(0, number, size):
-            rows = [Row("long " * 20 + str(row), "a", bytes(32), bytes(32), None) for row in range(start, start + size)]
-            batch = ParquetRows(pa.RecordBatch.from_pydict({"text": [""] * size}), start + 1, None)
-            finder.read("a.parquet", batch, good_rows(rows))
-            finder.keep(batch, good_rows(rows), "test" if start % (5 * size) == 0 else "train")
-        del rows, batch
-        used, _ = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert used < number * 16
-    assert finder.found() == ()
