@@ -7,13 +7,15 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 VENV ?= .venv
 # Folder of the virtual environment of a vLLM server.
 ENGINE ?= .venv-engine
+# Folder of the virtual environment with the lowest versions.
+FLOORS ?= .venv-floors
 # Passed on: make demo ARGS=--compare, make test ARGS='-k gate'.
 ARGS ?=
 
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test nightly engine lint format type wheel constraints schema notebook site release-notes clean
+.PHONY: help setup demo test floors nightly engine lint format type wheel constraints schema notebook site release-notes clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1	\2/p' $(MAKEFILE_LIST)
@@ -70,6 +72,12 @@ constraints: $(VENV)/.stamp-dev ## write constraints.txt: the versions in the en
 	$(BIN)/python -m pip check
 	{ echo "# The versions that the tests passed with. make constraints writes this file."; \
 	$(BIN)/python -m pip freeze --exclude deal-pipeline | sed -nE 's/^([A-Za-z0-9._-]+==[^+ ]+)(\+[^ ]*)?$$/\1/p'; } > constraints.txt
+
+floors: ## run the unit tests with the lowest versions that pyproject.toml allows, in .venv-floors
+	$(PYTHON) -m venv $(FLOORS)
+	$(FLOORS)/bin/python -m pip install --upgrade pip uv
+	$(FLOORS)/bin/uv pip install --python $(FLOORS)/bin/python --resolution lowest-direct --editable '.[dev]'
+	OMP_NUM_THREADS=1 $(FLOORS)/bin/python -m pytest --numprocesses=3 --dist=worksteal tests/unit $(ARGS)
 
 schema: $(VENV)/.stamp-dev ## write tasks/spec.schema.json, which editors read, from the settings
 	$(BIN)/python -c 'from docs.site.reference import spec_schema as make; from tasks.spec import SPEC_SCHEMA as file; \
