@@ -15,7 +15,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test floors nightly engine lint format type wheel constraints schema notebook site release-notes clean
+.PHONY: help setup demo test floors nightly engine lint format type wheel constraints schema notebook year site release-notes clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1	\2/p' $(MAKEFILE_LIST)
@@ -85,6 +85,10 @@ schema: $(VENV)/.stamp-dev ## write tasks/spec.schema.json, which editors read, 
 
 notebook: $(VENV)/.stamp-dev ## run docs/quickstart.ipynb and store what its cells show
 	$(BIN)/python -m docs.site.run_notebook
+
+year: $(VENV)/.stamp-dev ## live a year of one lineage, and write docs/year.md with its picture: half an hour
+	$(BIN)/python -m benchmarks.year run $(ARGS)
+	$(BIN)/python -m benchmarks.year page
 
 site: $(VENV)/.stamp-dev ## build the documentation's site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
