@@ -15,6 +15,7 @@ from typer.cli import get_docs_for_click
 
 from deal_core.evaluation import metrics
 from deal_core.general import suites
+from deal_core.strategies import OWN
 from docs.site.docstrings import docstring_of, docstring_of_constant
 from docs.site.printed import json_schemas
 from flows.cli.app import app
@@ -160,7 +161,8 @@ def spec_schema() -> str:
             else:  # a section: its class says what it is, and its fields have the defaults
                 field.pop("default", None)
     strategy = schema["properties"]["strategy"]
-    strategy["examples"] = strategy.pop("anyOf")[0]["enum"]
+    del strategy["anyOf"]
+    strategy["examples"] = [*OWN]
     strategy["type"] = ["string", "null"]
     return json.dumps(schema, ensure_ascii=False, indent=1) + "\n"
 

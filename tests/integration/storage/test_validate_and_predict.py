@@ -30,8 +30,8 @@ def test_validation_knows_what_the_lineage_knows(first: AdaptResult, tmp_path: P
     rows += [{"text": f"Message {number}", "label": "lost card"} for number in range(20)]
     file.write_text("".join(json.dumps({**row, "split": "train"}) + "\n" for row in rows))
     found = validate(*spec_to_check(file, task="bank", lineage="l"))
-    assert found.accepted and found.problems == {"text of a test row": 1, "label outside the task's set": 1}
-    assert any("(row 3)" in warning for warning in found.warnings), "it is a test row but for case and a final dot"
+    problems = {"text of a test row": 1, "nearly a test row": 1, "label outside the task's set": 1}
+    assert found.accepted and found.problems == problems, "row 3 is a test row but for case and a final dot"
     assert set(validate(*spec_to_check(file, task="bank", lineage="unknown")).problems) == set()
 
     spec = tmp_path / "spec.yaml"
