@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
+from deal_core.adapter.precision import base_precision
 from deal_core.adapter.stack import collect_stacks
 from deal_core.adapter.state import attach_adapter
 from deal_core.base_model import cpu_attention as attention
@@ -155,7 +156,7 @@ def _kept_bytes(config: Any, adapter: AdapterConfig, batch: BatchShape, precisio
             return tensor
 
         try:
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            with base_precision(adapted), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 answer_loss(adapted, _empty_batch(batch, is_seq2seq=seq2seq))
         except Exception as error:  # an architecture may do anything with the content of its tensors
             raise ConfigError(
