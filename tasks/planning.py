@@ -133,10 +133,11 @@ class _Run:
     def rehearsed_per_step(self) -> int:
         return strategy_class(self.setup.strategy).rehearsed_per_step(self.setup.method, self.arrival)
 
-    def largest_batch(self, train: TrainConfig) -> int:
+    def largest_batch(self, train: TrainConfig, *, on_cpu: bool) -> int:
         return largest_batch(
             train,
             rehearsed_per_step=self.rehearsed_per_step,
+            on_cpu=on_cpu,
             learns_preferences=self.setup.task.learns_preferences,
         )
 
@@ -222,19 +223,20 @@ def _plan_rows(
     setup, train = run.setup, run.setup.train
     model = measure_model(run.base.config, setup.adapter)
     on_progress("measuring rows and activations")
-    batch = _batch(run, rows)
     shape = MethodShape(rank=run.rank, strategy=setup.strategy, method=setup.method, is_first_task=run.champion is None)
     here = device = current_device()
     if device_memory is not None:
         num_bytes = parse_bytes(device_memory)
         device = Device(name="the device planned for", is_cpu=here.is_cpu, free_bytes=num_bytes, total_bytes=num_bytes)
+    batch = _batch(run, rows, on_cpu=device.is_cpu)
     num_shards = train.num_processes if LaunchSettings().shard == "base" else 1
 
     def memory_of(train: TrainConfig, precision: str) -> MemoryPlan:
         """The memory with other settings of the training and another precision than those of the run."""
         answer = min(batch.num_answer_tokens, train.answer_tokens(setup.task.labels))
         prompt = min(batch.num_tokens - batch.num_answer_tokens, run.longest_prompt(train))
-        rows = replace(batch, num_rows=run.largest_batch(train), num_tokens=prompt + answer, num_answer_tokens=answer)
+        num_rows = run.largest_batch(train, on_cpu=device.is_cpu)
+        rows = replace(batch, num_rows=num_rows, num_tokens=prompt + answer, num_answer_tokens=answer)
         adapter = replace(setup.adapter, rank=run.rank)
         activations = measure_activations(run.base.config, adapter, rows, precision, on_cpu=device.is_cpu)
         return plan_memory(
@@ -320,8 +322,8 @@ def _notes(run: _Run, num_train: int, seconds: float | None) -> Iterator[str]:
         yield reading("the parent's answers are the reference", run.arrival.num_rows)
 
 
-def _batch(run: _Run, rows: Dataset) -> BatchShape:
-    setup, num_rows = run.setup, run.largest_batch(run.setup.train)
+def _batch(run: _Run, rows: Dataset, *, on_cpu: bool) -> BatchShape:
+    setup, num_rows = run.setup, run.largest_batch(run.setup.train, on_cpu=on_cpu)
     if run.base.folder is None:
         answer = setup.train.answer_tokens(setup.task.labels)
         prompt = run.longest_prompt(setup.train)

@@ -86,7 +86,7 @@ def predict(case: Case, source: str, num_old_tasks: int) -> tuple[MemoryPlan, Ba
     tokenizer = AutoTokenizer.from_pretrained(found.folder)
     olds = [OLD_TASK] * num_old_tasks
     arrival = PlannedArrival(task=TASK, old_tasks=tuple(olds), num_rows=0, num_steps=0)
-    num_rows = largest_batch(train, rehearsed_per_step=Deal.rehearsed_per_step(MethodConfig(), arrival))
+    num_rows = largest_batch(train, rehearsed_per_step=Deal.rehearsed_per_step(MethodConfig(), arrival), on_cpu=True)
     batch = longest_of(case.rows(), tokenizer, TASK, olds, train, num_rows, {})
     shape = MethodShape(rank=ADAPTER.rank, strategy="deal", method=MethodConfig(), is_first_task=num_old_tasks == 0)
     plan = plan_memory(

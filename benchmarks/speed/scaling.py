@@ -10,7 +10,7 @@ six.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -142,12 +142,12 @@ def step_cost(
     num_devices: int,
     is_sharded: bool,
 ) -> StepCost:
-    """Add up a step: the batch, then the rehearsed questions, which go through the model by themselves.
+    """Add up a step: the batch and the rehearsed rows, which go through the model together.
 
     Args:
         model: The base model's sizes.
         batch: One micro-batch of one device.
-        kept_bytes: What autograd keeps of it.
+        kept_bytes: What autograd keeps of all rows.
         rank: Of the adapter.
         precision: Of the frozen weights.
         checkpointing: Whether the layers' forward pass is made twice.
@@ -155,13 +155,13 @@ def step_cost(
         num_devices: Over which batches, and with sharding the weights, are spread.
         is_sharded: Whether each device holds its share of the weights alone and gathers a layer's when it needs them.
     """
-    rows, passes = batch.num_rows + rehearsed, (3 if checkpointing else 2) * (2 if rehearsed else 1)
+    rows, passes = batch.num_rows + rehearsed, 3 if checkpointing else 2
     weights = model.num_parameters * BYTES_OF[precision]
     factors = FP32 * sum(model.num_factor_numbers(rank))
     others = (num_devices - 1) / num_devices
     return StepCost(
         flops=rows * row_flops(model, batch, rank=rank, checkpointing=checkpointing),
-        memory_bytes=passes * weights + 2 * kept_bytes * rows / batch.num_rows + METHOD_PASSES * factors,
+        memory_bytes=passes * weights + 2 * kept_bytes + METHOD_PASSES * factors,
         link_bytes=2 * others * factors + (passes * others * weights if is_sharded else 0),
     )
 
@@ -199,7 +199,8 @@ def describe(name: str, config: Any) -> dict[str, Any]:
 
 
 def memory_on_gpu(config: Any, model: ModelSize, batch: BatchShape, *, rank: int, checkpointing: bool) -> MemoryPlan:
-    """Memory of a step of a later task on one device, in bf16."""
+    """Memory of a step of a later task on one device, in bf16, with the rehearsed rows beside the batch."""
+    batch = replace(batch, num_rows=batch.num_rows + REHEARSED)
     activations = measure_activations(config, AdapterConfig(rank=rank), batch, "bf16", on_cpu=False)
     shape = MethodShape(rank=rank, strategy="deal", method=MethodConfig(), is_first_task=False)
     train = TrainConfig(gradient_checkpointing=checkpointing)

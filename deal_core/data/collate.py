@@ -183,6 +183,19 @@ class AnswerCollator:
         }
         return batch | ({"prefix_ids": torch.tensor([prompts[0][:shared]])} if shared else {})
 
+    def joined(self, one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Put two collated batches without a shared prefix together: the rows of `one`, then those of `other`."""
+        filling = {"input_ids": int(self.tokenizer.pad_token_id or 0), "labels": IGNORED}
+        both = {name: (one[name], other[name]) for name in other}
+        if self.is_padding_free:
+            (first, second), length = both.pop(ANSWER_POSITIONS), one["input_ids"].shape[1]
+            lines = {name: torch.cat(both.pop(name), dim=1) for name in ("input_ids", "position_ids")}
+            both[ANSWER_POSITIONS] = (first, second + length)
+        else:
+            lines = {}
+        side = "right" if self.is_seq2seq else "left"
+        return lines | {name: _in_one_batch(parts, filling.get(name, 0), side) for name, parts in both.items()}
+
 
 def _in_one_line(prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> dict[str, Tensor]:
     """Return all rows behind one another, and the places of the logits of their answers, padded on the left."""
@@ -251,8 +264,23 @@ def answer_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
 def answer_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """Cross-entropy of a collated batch's answers, summed over their tokens."""
-    logits_BKV, labels_BK = answer_logits(model, inputs), inputs["labels"]
+    return summed_loss(answer_logits(model, inputs), inputs["labels"])
+
+
+def summed_loss(logits_BKV: Tensor, labels_BK: Tensor) -> Tensor:
+    """Cross-entropy of labels, summed over their tokens; IGNORED ones do not count."""
     return cross_entropy(logits_BKV.flatten(0, 1).float(), labels_BK.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def _in_one_batch(parts: Sequence[Tensor], value: int, side: str) -> Tensor:
+    """Matrices of several widths above one another, each padded on one side."""
+    width = max(part.shape[1] for part in parts)
+    missing = [width - part.shape[1] for part in parts]
+    padded = [
+        torch.nn.functional.pad(part, (0, number) if side == "right" else (number, 0), value=value)
+        for part, number in zip(parts, missing, strict=True)
+    ]
+    return torch.cat(padded)
 
 
 def pad_batch(sequences: Sequence[Sequence[int]], value: int, *, side: str) -> tuple[Tensor, Tensor]:

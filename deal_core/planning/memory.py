@@ -167,8 +167,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """Add up the memory of a training step in one process.
 
-    `batch` is the larger of training batch and rehearsed rows, which go through the model one after the other;
-    `activations` are its own. `precision` is that of the frozen weights, which `num_shards` processes share.
+    `batch` is that of `largest_batch`, and `activations` are its own. `precision` is that of the frozen weights, which
+    `num_shards` processes share.
     """
     learner = Strategy if shape.is_first_task else strategy_class(shape.strategy)
     numbers = learner.tensor_numbers(shape.method, model.modules, shape.rank)
@@ -191,12 +191,16 @@ def plan_memory(
     )
 
 
-def largest_batch(train: TrainConfig, *, rehearsed_per_step: int, learns_preferences: bool = False) -> int:
-    """Most rows that go through the model at once: the batch or, after it, the rehearsed rows of old tasks.
+def largest_batch(
+    train: TrainConfig, *, rehearsed_per_step: int, on_cpu: bool, learns_preferences: bool = False
+) -> int:
+    """Most rows that go through the model at once: on a CPU the batch or, after it, the rehearsed rows of old tasks.
 
-    A row of preferences goes through the model twice: with its better and with its worse answer.
+    An accelerator reads both at once. A row of preferences goes through the model twice: with its better and with its
+    worse answer.
     """
-    return max(2 * train.batch_size if learns_preferences else train.batch_size, rehearsed_per_step)
+    num_rows = 2 * train.batch_size if learns_preferences else train.batch_size
+    return max(num_rows, rehearsed_per_step) if on_cpu else num_rows + rehearsed_per_step
 
 
 def adapter_rank(adapter: AdapterConfig, strategy: str, num_versions: int) -> int:

@@ -6,8 +6,9 @@ Shapes: B rows, K tokens of the longest answer, V vocabulary, N most likely toke
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,14 @@ class RehearsedRow:
         """Return the row with a distribution over the vocabulary at each token of its answer as its target."""
         top = shares_KV.topk(min(NUM_KEPT, shares_KV.shape[-1]), dim=-1)
         return replace(self, tokens_KN=top.indices.cpu(), shares_KN=top.values.cpu())
+
+
+class RehearsedShare(NamedTuple):
+    """The rehearsed rows of a step that one process reads."""
+
+    rows: Sequence[RehearsedRow]
+    weight: float
+    """Factor of their summed loss."""
 
 
 class Rehearsal:
@@ -93,21 +102,37 @@ class Rehearsal:
         return self.sets[task][again % len(self.sets[task])]
 
     def loss(self, model: nn.Module, step: int, *, rank: int = 0, num_processes: int = 1) -> Tensor | None:
-        """Return weight·T²·KL(target ‖ model) per answer token, or cross-entropy if only an answer is known.
+        """Return the loss of a step's rows, which the model reads by themselves; None if there are none."""
+        share = self.share(step, rank=rank, num_processes=num_processes)
+        return None if share is None else self.loss_of(share, read(model, self._collate, share.rows))
 
-        Several processes divide the rows. The mean of their results equals the result of a single process.
+    def share(self, step: int, *, rank: int = 0, num_processes: int = 1) -> RehearsedShare | None:
+        """Return the rows of a step that a process reads; None if there are none.
+
+        Several processes divide the rows. The mean of their losses equals the loss of a single process.
         """
         drawn = self.draw(step)
         if not drawn:
             return None
         # every process must take part in a step: one without a row takes the first row with weight 0
-        rows = drawn[rank::num_processes] or drawn[:1]
         share = num_processes if rank < len(drawn) else 0
         num_tokens = sum(len(row.answer_ids) for row in drawn)
-        losses = [
-            self._row_loss(logits_KV, labels_K, row) for row, logits_KV, labels_K in read(model, self._collate, rows)
-        ]
-        return self._weight * torch.stack(losses).sum() / num_tokens * share
+        return RehearsedShare(drawn[rank::num_processes] or drawn[:1], self._weight * share / num_tokens)
+
+    def beside(self, inputs: Mapping[str, Tensor], rows: Sequence[RehearsedRow]) -> dict[str, Tensor]:
+        """Return a collated batch with these rows after its own. It has no shared prefix."""
+        batch, device = self._collate([vars(row) for row in rows]), inputs["labels"].device
+        return self._collate.joined(inputs, {name: value.to(device) for name, value in batch.items()})
+
+    def loss_of(self, share: RehearsedShare, logits: Iterable[tuple[RehearsedRow, Tensor, Tensor]]) -> Tensor:
+        """Return weight·T²·KL(target ‖ model) per answer token, or cross-entropy if only an answer is known.
+
+        Args:
+            share: The rows.
+            logits: Each row with a model's logits at its answer (K×V, fp32) and the answer's tokens (K).
+        """
+        losses = [self._row_loss(logits_KV, labels_K, row) for row, logits_KV, labels_K in logits]
+        return share.weight * torch.stack(losses).sum()
 
     def _row_loss(self, logits_KV: Tensor, labels_K: Tensor, row: RehearsedRow) -> Tensor:
         if row.tokens_KN is None or row.shares_KN is None:
@@ -158,9 +183,16 @@ def read(
     device = next(model.parameters()).device
     for group in collate.groups(rows):
         inputs = {name: value.to(device) for name, value in collate([vars(row) for row in group]).items()}
-        logits_BKV = answer_logits(model, inputs).float()
-        is_right = "position_ids" in inputs  # answers of a decoder-only model end at the right edge
-        for row, logits_KV, labels_K in zip(group, logits_BKV, inputs["labels"], strict=True):
-            length = len(row.answer_ids)
-            part = slice(-length, None) if is_right else slice(0, length)
-            yield row, logits_KV[part], labels_K[part]
+        yield from at_answers(group, answer_logits(model, inputs), inputs)
+
+
+def at_answers(
+    rows: Sequence[RehearsedRow], logits_BKV: Tensor, inputs: Mapping[str, Tensor]
+) -> Iterator[tuple[RehearsedRow, Tensor, Tensor]]:
+    """Yield the last rows of a collated batch, each with the logits at its answer (fp32) and the answer's tokens."""
+    is_right = "position_ids" in inputs  # answers of a decoder-only model end at the right edge
+    own = slice(len(logits_BKV) - len(rows), None)
+    for row, logits_KV, labels_K in zip(rows, logits_BKV[own].float(), inputs["labels"][own], strict=True):
+        length = len(row.answer_ids)
+        part = slice(-length, None) if is_right else slice(0, length)
+        yield row, logits_KV[part], labels_K[part]

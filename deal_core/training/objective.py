@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 from transformers import PreTrainedTokenizerBase
 
@@ -22,8 +22,7 @@ from deal_core.data.collate import (
     REFERENCE_MARGINS,
     REJECTED_IDS,
     AnswerCollator,
-    answer_logits,
-    answer_loss,
+    summed_loss,
 )
 from deal_core.data.prompts import encode_answer
 from deal_core.data.schema import REJECTED, TaskSchema
@@ -34,9 +33,9 @@ from deal_core.evaluation.likelihood import measure
 class AnswerLoss:
     """Cross-entropy of the answers' tokens."""
 
-    def loss_sum(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The sum over a collated batch. Logits are computed only for the answers' tokens."""
-        return answer_loss(model, inputs)
+    def loss_sum(self, logits_BKV: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The sum over a collated batch, from a model's logits for its labels."""
+        return summed_loss(logits_BKV, inputs["labels"])
 
     def weight(self, batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """Number of the answers' tokens in collated batches."""
@@ -53,9 +52,9 @@ class PreferenceLoss:
 
     beta: float
 
-    def loss_sum(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The sum over a collated batch. A row without answers counts 0."""
-        gain_B = margins(model, inputs) - inputs[REFERENCE_MARGINS].to(inputs["labels"].device)
+    def loss_sum(self, logits_CKV: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The sum over a collated batch, from a model's logits for its labels. A row without answers counts 0."""
+        gain_B = margins(logits_CKV, inputs["labels"]) - inputs[REFERENCE_MARGINS].to(inputs["labels"].device)
         return -(logsigmoid(self.beta * gain_B) * _are_pairs(inputs)).sum()
 
     def weight(self, batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
@@ -81,11 +80,9 @@ class PairCollator:
         return {**batch, REFERENCE_MARGINS: margins_B}
 
 
-def margins(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """A model's log p(better answer) − log p(worse answer) for a batch of `PairCollator`, in nats, shape (B,)."""
-    labels_CK = inputs["labels"]  # C = 2B
-    logits_CVK = answer_logits(model, inputs).float().mT
-    losses_C = cross_entropy(logits_CVK, labels_CK, ignore_index=IGNORED, reduction="none").sum(1)
+def margins(logits_CKV: Tensor, labels_CK: Tensor) -> Tensor:
+    """Return log p(better answer) − log p(worse answer) for a batch of `PairCollator`, in nats, shape (B,); C = 2B."""
+    losses_C = cross_entropy(logits_CKV.float().mT, labels_CK, ignore_index=IGNORED, reduction="none").sum(1)
     better_B, worse_B = losses_C.chunk(2)
     return worse_B - better_B
 

@@ -25,10 +25,11 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from deal_core.config import TrainConfig
-from deal_core.data.collate import add_blank_row
+from deal_core.data.collate import add_blank_row, answer_logits
 from deal_core.data.order import BucketSampler
 from deal_core.errors import AdapterStateError, DeviceMemoryError, TrainingDivergedError
 from deal_core.regular_file import complete_file, flush_to_disk
+from deal_core.strategies.rehearsal import at_answers
 from deal_core.strategies.strategy import Strategy
 from deal_core.training.objective import Objective
 
@@ -45,6 +46,9 @@ TOLERANCE = 1e-4
 TINY = 1e-12
 FUSED_ON = ("cuda",)
 """Devices on which a step of AdamW is one kernel."""
+APART_ON = ("cpu",)
+"""Devices on which rehearsed rows are read apart from the new ones: there rows of one task share their prefix. Others
+read both at once, as a pass over a few rows takes about as long as one over many."""
 
 
 def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_rows: int, rate: float) -> TrainingArguments:
@@ -82,9 +86,9 @@ def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_rows: in
 class AdapterTrainer(Trainer):
     """Runs Trainer's loop with a strategy's parameters in the optimiser.
 
-    Order at every optimiser step: micro-batches as in plain LoRA → loss of the rehearsal → strategy.before_step
-    (gradients of the factors become gradients of the method's parameters) → gradient of strategy.penalty → clip →
-    AdamW → strategy.after_step.
+    Order at every optimiser step: micro-batches as in plain LoRA → loss of the rehearsal, whose rows an accelerator
+    reads with the last micro-batch → strategy.before_step (gradients of the factors become gradients of the method's
+    parameters) → gradient of strategy.penalty → clip → AdamW → strategy.after_step.
 
     With several processes, each takes its share of every batch and of the rehearsal. The gradients of the factors are
     averaged over the processes; from before_step on, all processes do the same. Accelerate's wrapper averages them, or
@@ -117,6 +121,7 @@ class AdapterTrainer(Trainer):
             vars(self.model)["_is_accelerate_prepared"] = True  # else accelerate wraps it once more
         self.strategy = strategy
         self._rehearsal = strategy.rehearsal()
+        self._reads_apart = args.device.type in APART_ON
         self._objective = objective
         self.remove_callback(PrinterCallback)
         self._steps = _Steps(strategy, on_log, Path(str(self.args.output_dir)) / HISTORY_FILE)
@@ -173,8 +178,23 @@ class AdapterTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The objective's sum over the batch, divided by the weight of the accumulated batch; 0 if nothing counts."""
-        return self._objective.loss_sum(model, inputs) / num_items_in_batch * self.accelerator.num_processes
+        """The objective's sum over the batch, divided by the weight of the accumulated batch; 0 if nothing counts.
+
+        The loss of rehearsed rows that are read with the batch is added.
+        """
+        rehearsal, share = self._rehearsal, None
+        if rehearsal is not None and not self._reads_apart and self.accelerator.sync_gradients:
+            share = rehearsal.share(
+                self.state.global_step, rank=self.args.process_index, num_processes=self.args.world_size
+            )
+        whole = inputs if rehearsal is None or share is None else rehearsal.beside(inputs, share.rows)
+        logits, num_own = answer_logits(model, whole), len(inputs["labels"])
+        own = {**inputs, "labels": whole["labels"][:num_own]}  # as wide as the logits
+        loss = self._objective.loss_sum(logits[:num_own], own) / num_items_in_batch * self.accelerator.num_processes
+        self._own_loss = loss.detach()
+        if rehearsal is not None and share is not None:
+            loss = loss + rehearsal.loss_of(share, at_answers(share.rows, logits, whole))
+        return loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """The weight of the accumulated batch, over all processes."""
@@ -184,10 +204,13 @@ class AdapterTrainer(Trainer):
         return weight.clamp(min=1)  # an empty batch has loss 0
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One micro-batch. After a step's last micro-batch, the strategy's parameters get their gradients."""
-        loss: Tensor = super().training_step(*args, **kwargs)
+        """One micro-batch. After a step's last micro-batch, the strategy's parameters get their gradients.
+
+        Returns the loss of the new rows alone.
+        """
+        super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
-            if self._rehearsal is not None:
+            if self._rehearsal is not None and self._reads_apart:
                 rehearsed = self._rehearsal.loss(
                     self.model_wrapped,
                     self.state.global_step,
@@ -203,7 +226,7 @@ class AdapterTrainer(Trainer):
             penalty = self.strategy.penalty()
             if penalty is not None:
                 torch.autograd.backward(penalty)
-        return loss
+        return self._own_loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         return self.accelerator.clip_grad_norm_(self.strategy.parameters(), self.args.max_grad_norm)

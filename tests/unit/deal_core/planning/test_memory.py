@@ -254,7 +254,8 @@ def test_rehearsed_rows_of_a_step_count_where_there_are_any() -> None:
     )
     assert rows_of("deal", new) == 0 and rows_of("deal", new, kept=("new",)) == 4, "it returns"
     train = TrainConfig(batch_size=2)
-    assert [largest_batch(train, rehearsed_per_step=number) for number in (0, 9)] == [2, 9]
+    assert [largest_batch(train, rehearsed_per_step=number, on_cpu=True) for number in (0, 9)] == [2, 9]
+    assert [largest_batch(train, rehearsed_per_step=number, on_cpu=False) for number in (0, 9)] == [2, 11]
 
 
 def test_remedies_say_what_fits_and_keep_the_rows_of_a_step() -> None:

@@ -131,3 +131,67 @@ def test_compiled_layers_train_the_same_compile_once_and_are_gone_afterwards(
 def test_recomputed_layers_are_not_compiled() -> None:
     with pytest.raises(ConfigError, match=r"compiles nothing of a layer that train.gradient_checkpointing recomputes"):
         TrainConfig(torch_compile=True, gradient_checkpointing=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "batch_size": 2, "gradient_accumulation_steps": 2},
+        {"padding_free": True},
+    ],
+    ids=str,
+)
+def test_an_accelerator_reads_rehearsed_rows_with_the_new_ones_and_learns_the_same(
+    change: dict[str, Any], strategy: str, base: BaseModel, train: Train, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"train": replace(STEPS, **change), "task": NEXT, "old_tasks": (TASK,)}
+    passes = 0
+
+    def count(_: Any, inputs: Any) -> None:
+        nonlocal passes
+        passes += base.model.training
+
+    with base.model.model.register_forward_pre_hook(count):
+        apart = train(strategy, parent, **given)
+        num_apart, passes = passes, 0
+        monkeypatch.setattr(trainer, "APART_ON", ())
+        together = train(strategy, parent, **given)
+    is_rehearsed = any("rehearsed" in note for note in apart.result.notes)
+    assert num_apart - passes == is_rehearsed * STEPS.max_steps and passes == len(apart.losses) * (
+        change.get("gradient_accumulation_steps", 1)
+    )
+    assert together.losses == pytest.approx(apart.losses, rel=1e-4)
+    expected, found = weights(apart.folder), weights(together.folder)
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder-decoder", "without padding"])
+def test_joined_batches_are_the_batch_of_all_rows(kind: str, base: BaseModel) -> None:
+    collate = AnswerCollator(
+        base.tokenizer, is_seq2seq=kind == "encoder-decoder", is_padding_free=kind == "without padding"
+    )
+    short = [{"prompt_ids": [5, 6], "answer_ids": [7]}, {"prompt_ids": [5], "answer_ids": []}]
+    long = [{"prompt_ids": [8, 9, 10, 11], "answer_ids": [12, 13, 14]}]
+    for one, other in ((short, long), (long, short)):
+        joined, whole = collate.joined(collate(one), collate(other)), collate([*one, *other])
+        assert joined.keys() == whole.keys()
+        assert all(torch.equal(joined[name], whole[name]) for name in whole)
+
+
+def test_preferences_with_rehearsed_rows_are_learned_the_same_in_one_pass(
+    train: Train, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tone = TaskSchema(
+        name="tone", format="completion", instruction="Answer.", metric="preference", learns_preferences=True
+    )
+    rows = Dataset.from_list(
+        [{"input": f"tap {i}", "output": f"red rose {i}", "rejected": "sky" + " sky" * (i % 3)} for i in range(8)]
+    )
+    steps = replace(STEPS, gradient_checkpointing=True, preference_learning_rate=5e-3)
+    given = {"rows": rows, "train": steps, "task": tone, "old_tasks": (TASK,)}
+    apart = train("deal", parent, **given)
+    assert any("rehearsed" in note for note in apart.result.notes)
+    monkeypatch.setattr(trainer, "APART_ON", ())
+    assert train("deal", parent, **given).losses == pytest.approx(apart.losses, rel=1e-4)

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, logsigmoid
 
 from deal_core.adapter.state import adapter_on
 from deal_core.config import TrainConfig
-from deal_core.data.collate import REFERENCE_MARGINS, AnswerCollator, add_blank_row, encode_rows
+from deal_core.data.collate import REFERENCE_MARGINS, AnswerCollator, add_blank_row, answer_logits, encode_rows
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.score import evaluate_task
 from deal_core.planning.memory import largest_batch
@@ -81,8 +81,9 @@ def test_margins_and_loss_are_those_of_rows_read_alone(base, encoded, shares_pre
             torch.stack([log_p(base.model, row, name) for row in encoded]) for name in ("answer_ids", "rejected_ids")
         )
         alone_N = better_N - worse_N
-        torch.testing.assert_close(margins(base.model, batch), alone_N, rtol=1e-4, atol=1e-4)
-        loss = PreferenceLoss(beta=0.3).loss_sum(base.model, batch)
+        logits_CKV = answer_logits(base.model, batch)
+        torch.testing.assert_close(margins(logits_CKV, batch["labels"]), alone_N, rtol=1e-4, atol=1e-4)
+        loss = PreferenceLoss(beta=0.3).loss_sum(logits_CKV, batch)
     expected = -logsigmoid(0.3 * (alone_N - torch.tensor(reference_N))).sum()
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
     assert PreferenceLoss(beta=0.3).weight([batch, batch]) == 2 * len(encoded)
@@ -93,7 +94,9 @@ def test_a_blank_row_adds_nothing(base, encoded):
     rows = list(add_blank_row(encoded))
     objective = PreferenceLoss(beta=0.3)
     with torch.no_grad():
-        with_blank, without = (objective.loss_sum(base.model, collate(each)) for each in (rows, rows[:-1]))
+        with_blank, without = (
+            objective.loss_sum(answer_logits(base.model, batch), batch) for batch in (collate(rows), collate(rows[:-1]))
+        )
     torch.testing.assert_close(with_blank, without)
     assert objective.weight([collate(rows[-1:])]) == 0
 
@@ -132,7 +135,7 @@ def test_a_larger_beta_stays_nearer_to_the_parent(base, train, encoded):
         with adapter_on(base.model, found.folder) as model, torch.no_grad():
             rows = list(with_margins(encoded, [0.0] * len(encoded)))
             batch = PairCollator(AnswerCollator(base.tokenizer, is_seq2seq=False))(rows)
-            return float(margins(model, batch).mean())
+            return float(margins(answer_logits(model, batch), batch["labels"]).mean())
 
     assert gain(5.0) < gain(0.05)
 
@@ -165,5 +168,5 @@ def test_cut_answers_that_have_become_equal_are_named(train):
 
 
 def test_a_plan_counts_both_answers():
-    assert largest_batch(SHORT, rehearsed_per_step=0, learns_preferences=True) == 8
-    assert largest_batch(SHORT, rehearsed_per_step=0) == 4
+    assert largest_batch(SHORT, rehearsed_per_step=0, on_cpu=True, learns_preferences=True) == 8
+    assert largest_batch(SHORT, rehearsed_per_step=0, on_cpu=True) == 4
