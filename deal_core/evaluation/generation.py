@@ -18,20 +18,16 @@ from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, 
 from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
-from deal_core.base_model.language_model import LanguageModel
+from deal_core.base_model.language_model import LanguageModel, device_of
 from deal_core.base_model.turn_ends import stop_ids, tokens_before_end
 from deal_core.data.collate import can_be_continued, common_prefix, counts_padding, pad_batch, read_cache
 from deal_core.data.prompts import answer_text, encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema, label_key
 from deal_core.evaluation.answering import ServedTask
+from deal_core.evaluation.batches import in_batches, rows_with_logits
 
 OnProgress = Callable[[int], None]
 """Called with the number of rows just read or answered."""
-MAX_BATCH_TOKENS = 4096
-"""Most prompt tokens of a batch, padding included. A longer prompt is a batch of its own."""
-MAX_LOGIT_BYTES = 2**30
-"""Most bytes for the logits of a batch. With a vocabulary of 128,000, a hundred answers of 50 tokens would need five
-times as many."""
 
 
 def counting(on_progress: Callable[[int, int], None], total: int, done: int = 0) -> OnProgress:
@@ -197,18 +193,6 @@ class Generated(NamedTuple):
     """The logits of each new token, if they were requested."""
 
 
-def rows_with_logits(model: LanguageModel, num_tokens: int, *, num_bytes: int) -> int:
-    """How many rows a batch may have whose logits are kept: at least one, and at most MAX_LOGIT_BYTES.
-
-    Args:
-        model: For the size of its vocabulary.
-        num_tokens: Most tokens of a row that have logits.
-        num_bytes: Bytes for each logit, of all copies.
-    """
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    return max(1, MAX_LOGIT_BYTES // (num_bytes * num_tokens * vocabulary))
-
-
 @torch.no_grad()
 def generate(
     model: LanguageModel,
@@ -221,16 +205,16 @@ def generate(
 ) -> Iterator[Generated]:
     """Continue prompts (token ids) greedily, in batches of similar length. A prefix that all share is computed once.
 
-    With `with_logits` the logits are kept: they take 8·V bytes per new token of a batch (two fp32 copies), at most
-    MAX_LOGIT_BYTES. `recorder` sees the scores of each new token; it holds those of the batch that was yielded last.
-    The model is in evaluation mode afterwards.
+    With `with_logits` the logits are kept: they take 8·V bytes per new token of a batch (two fp32 copies), within
+    the limit of `rows_with_logits`. `recorder` sees the scores of each new token; it holds those of the batch that was
+    yielded last. The model is in evaluation mode afterwards.
     """
     model.eval()
     prefix = read_prefix(model, prompts)
     is_seq2seq, device = model.config.is_encoder_decoder, device_of(model)
     pad, side = int(tokenizer.pad_token_id or 0), "right" if is_seq2seq else "left"
-    max_rows = rows_with_logits(model, max_new_tokens, num_bytes=8) if with_logits else max(1, len(prompts))
-    for batch in batches_by_length([len(p) for p in prompts], max_rows):
+
+    def read(batch: list[int]) -> Generated:
         if recorder is not None:
             recorder.begin()
         input_ids, mask = pad_batch([prompts[i][prefix.length :] for i in batch], pad, side=side)
@@ -255,9 +239,11 @@ def generate(
         )
         assert isinstance(output, (GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput))
         tokens: list[list[int]] = output.sequences[:, 1 if is_seq2seq else input_ids.shape[1] :].tolist()
-        logits_BKV = None if output.logits is None else torch.stack(output.logits, dim=1)
-        del output, more  # their keys and values must not stay in memory beside those of the next batch
-        yield Generated(batch, tokens, logits_BKV)
+        return Generated(batch, tokens, None if output.logits is None else torch.stack(output.logits, dim=1))
+
+    max_rows = rows_with_logits(model, max_new_tokens, num_bytes=8) if with_logits else None
+    for _, generated in in_batches(model, [len(prompt) for prompt in prompts], read, max_rows=max_rows):
+        yield generated
 
 
 @torch.inference_mode()
@@ -285,21 +271,6 @@ def answer_limit(tokenizer: PreTrainedTokenizerBase, task: TaskSchema, max_new_t
     texts = [answer_text(task, label) for label in task.labels]
     longest = max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
     return min(max_new_tokens, longest + 1)
-
-
-def batches_by_length(lengths: Sequence[int], max_rows: int) -> Iterator[list[int]]:
-    """Yield row numbers, longest first, in batches of at most `max_rows` rows and MAX_BATCH_TOKENS."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    start = 0
-    while start < len(order):
-        size = min(max_rows, max(1, MAX_BATCH_TOKENS // max(1, lengths[order[start]])))
-        yield order[start : start + size]
-        start += size
-
-
-def device_of(model: LanguageModel) -> torch.device:
-    """Return the device of the model's parameters."""
-    return next(model.parameters()).device
 
 
 class Prefix(NamedTuple):

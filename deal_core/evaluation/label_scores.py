@@ -20,17 +20,12 @@ from scipy.special import softmax
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from deal_core.base_model.language_model import LanguageModel
+from deal_core.base_model.language_model import LanguageModel, device_of
 from deal_core.data.collate import can_be_continued, pad_batch
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluation.generation import (
-    Prefix,
-    batches_by_length,
-    device_of,
-    read_prefix,
-    rows_with_logits,
-)
+from deal_core.evaluation.batches import in_batches, rows_with_logits
+from deal_core.evaluation.generation import Prefix, read_prefix
 from deal_core.evaluation.metrics import number_labels, plain_answer
 
 Floats = NDArray[np.float64]
@@ -74,13 +69,17 @@ def score_labels(
     model.eval()
     log_probs_NL = torch.zeros(len(prompts), len(labels))
     prefix = read_prefix(model, prompts)
-    max_rows = rows_with_logits(model, max(map(len, labels)), num_bytes=8)
-    for batch in batches_by_length([len(prompt) for prompt in prompts], max_rows):
-        chosen, pad = [prompts[i] for i in batch], int(tokenizer.pad_token_id or 0)
+    pad = int(tokenizer.pad_token_id or 0)
+
+    def score(batch: list[int]) -> Tensor:
+        chosen = [prompts[i] for i in batch]
         if model.config.is_encoder_decoder:
-            log_probs_NL[batch] = _score_seq2seq(model, chosen, labels, pad)
-        else:
-            log_probs_NL[batch] = _score_decoder(model, chosen, labels, pad, prefix)
+            return _score_seq2seq(model, chosen, labels, pad)
+        return _score_decoder(model, chosen, labels, pad, prefix)
+
+    max_rows = rows_with_logits(model, max(map(len, labels)), num_bytes=8)
+    for batch, log_probs_BL in in_batches(model, [len(prompt) for prompt in prompts], score, max_rows=max_rows):
+        log_probs_NL[batch] = log_probs_BL
     return log_probs_NL
 
 

@@ -6,7 +6,7 @@ Shapes: N rows, B rows of a batch, K tokens of the longest answer, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedTokenizerBase
 
-from deal_core.base_model.language_model import LanguageModel
+from deal_core.base_model.language_model import LanguageModel, device_of
 from deal_core.data.collate import IGNORED, answer_collator, answer_logits, encode_row
 from deal_core.data.schema import REJECTED, TaskSchema
 from deal_core.evaluation.answering import ServedTask
-from deal_core.evaluation.generation import OnProgress, batches_by_length, device_of, rows_with_logits
+from deal_core.evaluation.batches import in_batches, rows_with_logits
+from deal_core.evaluation.generation import OnProgress
 
 CHUNK_ROWS = 512
 """Rows whose tokens are in memory at once. Batches of similar length are made within a chunk."""
@@ -67,8 +68,8 @@ def measure(
     """
     limits = {"max_prompt_tokens": max_prompt_tokens, "max_answer_tokens": max_answer_tokens}
     figures_N4 = torch.zeros(len(rows), 4, dtype=torch.float64)
-    for places, features in _batches(model, tokenizer, task, rows, num_bytes=12, **limits):
-        figures_N4[places] = _figures(model, features).cpu()
+    for places, figures_B4 in _read_rows(model, tokenizer, task, rows, _figures, num_bytes=12, **limits):
+        figures_N4[places] = figures_B4.cpu()
         if on_progress is not None:
             on_progress(len(places))
     loss_N, num_tokens_N, num_hits_N, squares_N = figures_N4.unbind(1)
@@ -77,18 +78,24 @@ def measure(
     )
 
 
-def _batches(
+def _read_rows(
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     task: TaskSchema,
     rows: Dataset,
+    read: Callable[[LanguageModel, Mapping[str, Tensor]], Tensor],
     *,
     num_bytes: int,
     **limits: int,
-) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Yield the places of rows of similar length, and these rows collated. A logit takes `num_bytes` in all."""
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield the places of rows of similar length, and what is read of them. A logit takes `num_bytes` in all."""
     model.eval()
     collate = answer_collator(model, tokenizer, reads_whole_rows=False)
+
+    def read_batch(batch: list[int]) -> Tensor:
+        collated = collate([encoded[i] for i in batch])
+        return read(model, {name: value.to(device_of(model)) for name, value in collated.items()})
+
     for start in range(0, len(rows), CHUNK_ROWS):
         chunk = rows[start : start + CHUNK_ROWS]
         encoded = [
@@ -97,10 +104,9 @@ def _batches(
         ]
         longest = max(len(row["answer_ids"]) for row in encoded)
         max_rows = rows_with_logits(model, longest, num_bytes=num_bytes)
-        for batch in batches_by_length([row["length"] for row in encoded], max_rows):
-            collated = collate([encoded[i] for i in batch])
-            features = {name: value.to(device_of(model)) for name, value in collated.items()}
-            yield [start + i for i in batch], features
+        lengths = [row["length"] for row in encoded]
+        for batch, result in in_batches(model, lengths, read_batch, max_rows=max_rows):
+            yield [start + i for i in batch], result
 
 
 @torch.inference_mode()
@@ -130,21 +136,23 @@ def divergence_from_base(
     if not isinstance(model, PeftModel):
         return 0.0
     limits = {"max_prompt_tokens": task.max_prompt_tokens, "max_answer_tokens": task.max_new_tokens + 1}  # with the end
-    first, total, num_tokens = rows.select(range(min(len(rows), DIVERGENCE_ROWS))), 0.0, 0
-    for _, features in _batches(model, tokenizer, task.schema, first, num_bytes=24, **limits):
-        own_KV = _token_log_probs(model, features)
-        with model.disable_adapter():
-            base_KV = _token_log_probs(model, features)
-        total += float(kl_div(own_KV, base_KV, reduction="sum", log_target=True))
-        num_tokens += len(own_KV)
-    mean = total / max(1, num_tokens)
+    first = rows.select(range(min(len(rows), DIVERGENCE_ROWS)))
+    tokens = [
+        divergence_K
+        for _, divergence_K in _read_rows(model, tokenizer, task.schema, first, _divergences, num_bytes=24, **limits)
+    ]
+    mean = float(torch.cat(tokens).mean()) if tokens else 0.0
     return mean if math.isfinite(mean) else None
 
 
 @torch.inference_mode()
-def _token_log_probs(model: LanguageModel, features: Mapping[str, Tensor]) -> Tensor:
-    """Log-probabilities of all tokens at each answer token of a batch, fp32."""
-    return answer_logits(model, features)[features["labels"] != IGNORED].float().log_softmax(-1)
+def _divergences(model: PeftModel, features: Mapping[str, Tensor]) -> Tensor:
+    """KL(base ‖ version) at each answer token of a batch, in nats, fp32."""
+    is_token_BK = features["labels"] != IGNORED
+    own_KV = answer_logits(model, features)[is_token_BK].float().log_softmax(-1)
+    with model.disable_adapter():
+        base_KV = answer_logits(model, features)[is_token_BK].float().log_softmax(-1)
+    return kl_div(own_KV, base_KV, reduction="none", log_target=True).sum(-1)
 
 
 def token_probabilities(

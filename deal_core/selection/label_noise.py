@@ -24,13 +24,14 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from deal_core.base_model.language_model import LanguageModel
+from deal_core.base_model.language_model import LanguageModel, device_of
 from deal_core.base_model.load import BaseModel
 from deal_core.config import TrainConfig
 from deal_core.data.collate import pad_batch
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluation.generation import OnProgress, batches_by_length, counting, device_of
+from deal_core.evaluation.batches import in_batches
+from deal_core.evaluation.generation import OnProgress, counting
 from deal_core.evaluation.likelihood import CHUNK_ROWS
 
 NUM_FOLDS = 5
@@ -100,14 +101,17 @@ def features(
     is_seq2seq = bool(model.config.is_encoder_decoder)
     body = model.get_encoder() if is_seq2seq else model.base_model
     prompts = [encode_prompt(tokenizer, task, text, max_prompt_tokens) for text in inputs]
-    feature_of: list[Tensor] = [torch.empty(0)] * len(prompts)
-    for batch in batches_by_length([len(prompt) for prompt in prompts], len(prompts)):
+
+    def read(batch: list[int]) -> list[Tensor]:
         ids, mask = pad_batch([prompts[i] for i in batch], pad, side="right")
         states_BTD = body(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state.float().cpu()
-        last_B = mask.sum(1) - 1
-        for row, i in enumerate(batch):
-            own_TD = states_BTD[row, : last_B[row] + 1]
-            feature_of[i] = own_TD.mean(0) if is_seq2seq else own_TD[-1].clone()
+        own = [states_TD[:length] for states_TD, length in zip(states_BTD, mask.sum(1).tolist(), strict=True)]
+        return [own_TD.mean(0) if is_seq2seq else own_TD[-1].clone() for own_TD in own]
+
+    feature_of: list[Tensor] = [torch.empty(0)] * len(prompts)
+    for batch, features_of_batch in in_batches(model, [len(prompt) for prompt in prompts], read):
+        for i, feature_D in zip(batch, features_of_batch, strict=True):
+            feature_of[i] = feature_D
         if on_progress is not None:
             on_progress(len(batch))
     return torch.stack(feature_of)

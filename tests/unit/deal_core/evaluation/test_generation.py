@@ -10,7 +10,7 @@ import torch
 from deal_core.base_model.load import BaseModel
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluation import generation
+from deal_core.evaluation import batches
 from deal_core.evaluation.generation import (
     ConfidenceRecorder,
     answer_inputs,
@@ -32,7 +32,7 @@ def test_recording_changes_no_token(base: BaseModel, task: TaskSchema, monkeypat
     prompts = [encode_prompt(base.tokenizer, task, text, 64) for text in INPUTS]
     limit = answer_limit(base.tokenizer, task, 6)
     for tokens, num_batches in ((1, 3), (10_000, 1)):
-        monkeypatch.setattr(generation, "MAX_BATCH_TOKENS", tokens)
+        monkeypatch.setattr(batches, "MAX_BATCH_TOKENS", tokens)
         plain, recorded = (
             list(generate(base.model, base.tokenizer, prompts, limit, recorder=recorder))
             for recorder in (None, ConfidenceRecorder(base.tokenizer, task))

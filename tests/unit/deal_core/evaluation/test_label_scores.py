@@ -14,7 +14,7 @@ from deal_core.config import TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_logits
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluation import generation
+from deal_core.evaluation import batches
 from deal_core.evaluation.label_scores import PRIOR_ROWS, label_log_probs, label_offsets, offsets, recentred_accuracy
 
 TASK = TaskSchema(name="shades", labels=("red", "dark green", "a very light blue"), instruction="Which shade is it?")
@@ -37,10 +37,10 @@ def one_by_one(model, tokenizer, task: TaskSchema, *, is_seq2seq: bool) -> torch
 
 @pytest.mark.parametrize("max_batch_tokens", [64, 4096])
 def test_a_decoder_gives_the_log_probabilities_of_single_rows(max_batch_tokens, base, train, monkeypatch):
-    monkeypatch.setattr(generation, "MAX_BATCH_TOKENS", max_batch_tokens)
+    monkeypatch.setattr(batches, "MAX_BATCH_TOKENS", max_batch_tokens)
     folder = train("seq_lora", train=TrainConfig(max_steps=20, learning_rate=3e-2)).folder
     lengths = [len(encode_prompt(base.tokenizer, TASK, text, 64)) for text in TEXTS]
-    num_batches = len([*generation.batches_by_length(lengths, len(TEXTS))])
+    num_batches = len([*batches.in_batches(base.model, lengths, len)])
     with torch.no_grad(), adapter_on(base.model, folder) as model:
         found = label_log_probs(model, base.tokenizer, TASK, TEXTS, max_prompt_tokens=64)
         expected = one_by_one(model, base.tokenizer, TASK, is_seq2seq=False)

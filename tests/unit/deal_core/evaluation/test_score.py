@@ -14,7 +14,7 @@ from deal_core.config import TrainConfig
 from deal_core.data.collate import MIN_PREFIX, encode_rows
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluation import generation
+from deal_core.evaluation import batches
 from deal_core.evaluation.generation import answer_inputs, generate, read_prefix
 from deal_core.evaluation.likelihood import DIVERGENCE_ROWS, divergence_from_base, token_probabilities
 from deal_core.evaluation.score import count_too_long, evaluate_task
@@ -42,7 +42,7 @@ def one_by_one(model, tokenizer, task, text, max_new_tokens=10) -> tuple[str, bo
 
 @pytest.mark.parametrize("max_batch_tokens", [64, 300, 4096])
 def test_batches_give_the_answers_of_single_rows_in_order(max_batch_tokens, base, task, rows, folder, monkeypatch):
-    monkeypatch.setattr(generation, "MAX_BATCH_TOKENS", max_batch_tokens)
+    monkeypatch.setattr(batches, "MAX_BATCH_TOKENS", max_batch_tokens)
     inputs = rows(12)["input"]
     open_task = TaskSchema(name="open", instruction=task.instruction)
     seen: list[int] = []
@@ -57,7 +57,7 @@ def test_batches_give_the_answers_of_single_rows_in_order(max_batch_tokens, base
 
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 10])
 def test_answers_without_room_for_their_end_are_told(max_new_tokens, base, task, rows, folder, monkeypatch):
-    monkeypatch.setattr(generation, "MAX_BATCH_TOKENS", 300)
+    monkeypatch.setattr(batches, "MAX_BATCH_TOKENS", 300)
     inputs = rows(12)["input"]
     open_task = TaskSchema(name="open", instruction=task.instruction)
     with adapter_on(base.model, folder) as model:
@@ -80,7 +80,7 @@ def test_references_that_no_answer_can_reach_are_counted(base, task):
 
 def test_logits_of_long_answers_stay_within_their_bytes(base, monkeypatch):
     prompts, vocabulary = [[1, 2]] * 7, base.model.config.vocab_size
-    monkeypatch.setattr(generation, "MAX_LOGIT_BYTES", 3 * 8 * 5 * vocabulary)
+    monkeypatch.setattr(batches, "MAX_LOGIT_BYTES", 3 * 8 * 5 * vocabulary)
     sizes = [
         [len(found.batch) for found in generate(base.model, base.tokenizer, prompts, 5, **asked)]
         for asked in ({"with_logits": True}, {})
@@ -164,7 +164,7 @@ def test_padding_does_not_change_a_rows_loss(base, task, rows):
 
 def test_the_probability_of_a_reference_is_that_of_its_tokens_one_by_one(base, task, rows, folder, monkeypatch):
     """Whatever the batch; a metric "loss" has these numbers as scores and generates nothing."""
-    monkeypatch.setattr(generation, "MAX_BATCH_TOKENS", 128)
+    monkeypatch.setattr(batches, "MAX_BATCH_TOKENS", 128)
     some = rows(7)
     open_task = TaskSchema(name="open", instruction=task.instruction, metric="loss", format="completion")
     references = [text * (1 + number % 3) for number, text in enumerate(some["output"])]

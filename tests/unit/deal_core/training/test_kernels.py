@@ -18,7 +18,7 @@ from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, add_blank_row, answer_collator, answer_loss, encode_rows
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
-from deal_core.training import kernels
+from deal_core.training import kernels, trainer
 from deal_core.training.kernels import set_attention
 from tests.unit.deal_core.conftest import TASK, Train, at_night, weights
 
