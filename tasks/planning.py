@@ -13,12 +13,13 @@ from datasets import Dataset
 from pydantic import BaseModel
 
 from deal_core.adapter.files import METHOD_FILES
-from deal_core.base_model.device import Device, current_device, parse_bytes
-from deal_core.base_model.load import BaseConfig, Precision, find_config, load_base, precision_name
+from deal_core.base_model.device import current_device
+from deal_core.base_model.load import BaseConfig, find_config, load_base, precision_name
 from deal_core.config import TrainConfig
 from deal_core.data.dataset import ArrivalRefusedError, build_dataset
 from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
+from deal_core.planning.devices import PlannedDevice, find_device
 from deal_core.planning.memory import (
     HEADROOM,
     BatchShape,
@@ -32,6 +33,7 @@ from deal_core.planning.memory import (
     plan_memory,
 )
 from deal_core.planning.meta_model import measure_activations, measure_model
+from deal_core.safe_text import brief
 from deal_core.selection.choose import rows_read
 from deal_core.strategies import strategy_class
 from deal_core.strategies.strategy import KeptRows, PlannedArrival
@@ -145,8 +147,7 @@ class _Run:
 def plan(
     spec: AdaptSpec,
     *,
-    device_memory: str | None = None,
-    precision: Precision = "auto",
+    device: str | None = None,
     probe: bool = True,
     on_progress: OnProgress = lambda doing: None,
 ) -> PlanResult:
@@ -154,15 +155,22 @@ def plan(
 
     Args:
         spec: The arrival, the lineage and the settings.
-        device_memory: Memory to plan for, such as "24GiB"; None: the free memory of this machine's device.
-        precision: Precision of the frozen weights on the planned device.
-        probe: Time three steps, if the base model is on this machine and the run fits.
+        device: Devices to plan for, such as "1x A100 80GB"; see `deal_core.planning.devices`. None: this machine's,
+            with its free memory.
+        probe: Time three steps, if the base model is on this machine, which is planned for, and the run fits.
         on_progress: Called with the current step in a few words.
 
     Raises:
         ConfigError: The config of the base model cannot be read, or a setting does not fit.
         DataValidationError: The whole file is refused.
     """
+    planned = None if device is None else find_device(device)
+    if planned is not None and planned.count < spec.train.num_processes:
+        raise ConfigError(
+            f"train.num_processes is {spec.train.num_processes}, and --device {brief(device)} has fewer devices; name "
+            "as many devices, or lower train.num_processes.",
+            code="device",
+        )
     store = current_store()
     champion = Versions(store).champion(spec.lineage)
     record = read_record(store, champion) if champion else None
@@ -185,7 +193,7 @@ def plan(
         run = _Run(
             source=source,
             base=base,
-            precision=precision_name(precision),
+            precision=precision_name("auto") if planned is None else planned.precision,
             champion=champion,
             rank=adapter_rank(adapter, strategy, num_versions),
             setup=TrainingSetup(
@@ -204,7 +212,7 @@ def plan(
                 num_steps=spec.train.num_steps(num_chosen),
             ),
         )
-        return _plan_rows(run, manifest, rows, device_memory, probe, on_progress)
+        return _plan_rows(run, manifest, rows, planned, probe, on_progress)
 
 
 def _kept_by(store: ObjectStore, champion: Version, tasks: Iterable[TaskSchema]) -> dict[str, KeptRows]:
@@ -218,16 +226,18 @@ def _kept_by(store: ObjectStore, champion: Version, tasks: Iterable[TaskSchema])
 
 
 def _plan_rows(
-    run: _Run, manifest: DatasetManifest, rows: Dataset, device_memory: str | None, probe: bool, on_progress: OnProgress
+    run: _Run,
+    manifest: DatasetManifest,
+    rows: Dataset,
+    planned: PlannedDevice | None,
+    probe: bool,
+    on_progress: OnProgress,
 ) -> PlanResult:
     setup, train = run.setup, run.setup.train
     model = measure_model(run.base.config, setup.adapter)
     on_progress("measuring rows and activations")
     shape = MethodShape(rank=run.rank, strategy=setup.strategy, method=setup.method, is_first_task=run.champion is None)
-    here = device = current_device()
-    if device_memory is not None:
-        num_bytes = parse_bytes(device_memory)
-        device = Device(name="the device planned for", is_cpu=here.is_cpu, free_bytes=num_bytes, total_bytes=num_bytes)
+    device = current_device() if planned is None else planned
     batch = _batch(run, rows, on_cpu=device.is_cpu)
     num_shards = train.num_processes if LaunchSettings().shard == "base" else 1
 
@@ -253,16 +263,22 @@ def _plan_rows(
     memory, limit = memory_of(train, run.precision), device.free_bytes
     refused = memory.total > limit
     seconds, notes = None, list[str]()
-    if run.base.folder is None:
+    if planned is not None:
+        notes.append("no step was timed, as the plan is not for this machine")
+        if planned.count > train.num_processes:
+            notes.append(
+                f"{train.num_processes} of {planned.count} devices would be used; train.num_processes: {planned.count} "
+                "uses all"
+            )
+    elif run.base.folder is None:
         notes.append("the base model's weights are not on this machine, so no step was timed (deal model fetch)")
     elif num_shards > 1:
         notes.append(f"the base model is divided among {num_shards} processes (DEAL_SHARD), so no step was timed")
-    elif train.quantize != "none" and here.is_cpu:
+    elif train.quantize != "none" and device.is_cpu:
         notes.append("quantized weights need a CUDA device, and this machine has none, so no step was timed")
-    elif probe and not refused and memory.total <= here.free_bytes:
+    elif probe and not refused:
         on_progress("taking three steps")
         seconds = _probe_step(run, rows)
-        notes += ["the time is this machine's, not that of the device planned for"] if device_memory is not None else []
     notes += _notes(run, manifest.num_train, seconds)
     remedies = find_remedies(memory_of, train, run.precision, limit) if refused else ()
     num_parameters = sum(model.parameters.values())

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 from benchmarks.output import templates
 from benchmarks.speed.scaling import BATCH, memory_on_gpu
 from deal_core.config import AdapterConfig, TrainConfig
+from deal_core.planning.devices import CARDS
 from deal_core.planning.memory import BatchShape
 from deal_core.planning.meta_model import measure_model
 
@@ -130,7 +131,7 @@ def describe(name: str, licence: str, config: Any) -> dict[str, Any]:
 def main(page: Annotated[Path, typer.Option(help="Page to write.")] = Path("docs/model.md")) -> None:
     """Fill the page."""
     lines = [describe(name, licence, config) for name, (licence, config) in MODELS.items()]
-    page.write_text(templates().get_template("model.md.j2").render(lines=lines, long=BATCH, short=SHORT))
+    page.write_text(templates().get_template("model.md.j2").render(lines=lines, long=BATCH, short=SHORT, cards=CARDS))
     typer.echo(f"{page} written")
 
 

@@ -154,12 +154,14 @@ def check(
     plan: Annotated[
         bool, Option("--plan", help="Also say what a run takes (memory, steps, time) and whether it fits.")
     ] = False,
-    device_memory: Annotated[
-        str | None, Option(help="With --plan: plan for another machine: 24GiB, 80GB.", show_default="what is free here")
+    device: Annotated[
+        str | None,
+        Option(
+            metavar="[Nx ]NAME [MEMORY]",
+            help='With --plan: plan for other devices: "1x A100 80GB", "24GB", "cpu 16GB".',
+            show_default="what is free here",
+        ),
     ] = None,
-    precision: Annotated[
-        str, Option(help="With --plan: precision of the weights: bf16, fp32, or auto (this machine's).")
-    ] = "auto",
     probe: Annotated[
         bool,
         Option("--probe/--no-probe", help="With --plan: time three training steps, if the base model is here."),
@@ -174,8 +176,8 @@ def check(
         if spec is not None or task is not None:
             raise ConfigError(f"{what} is a spec, which names its task and file; --spec and --task go with a file.")
         file, spec = None, Path(what)
-    if not plan and (device_memory is not None or precision != "auto" or not probe):
-        raise ConfigError("--device-memory, --precision and --no-probe go with --plan.")
+    if not plan and (device is not None or not probe):
+        raise ConfigError("--device and --no-probe go with --plan.")
     if plan and file is not None and spec is None and task is None:
         raise ConfigError("--plan needs the task: give --task NAME, or a spec.")
     with deal.screen.working("checking"):
@@ -209,8 +211,7 @@ def check(
         calm_libraries()
         planned = plan_run(
             asked,
-            device_memory=device_memory,
-            precision=precision,  # type: ignore[arg-type]  # the option is a text, and plan_run refuses others by name
+            device=device,
             probe=probe,
             on_progress=deal.screen.stage_started,
         )

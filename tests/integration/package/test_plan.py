@@ -57,18 +57,30 @@ def test_a_plan_counts_rows_and_steps_and_times_one(plan: Plan, tmp_path: Path) 
 
 def test_what_does_not_fit_is_refused_with_what_to_change(plan: Plan) -> None:
     whole = json.loads(plan("--json", "--no-probe", batch_size=32).stdout)["plan"]
-    less = f"{0.8 * whole['total_bytes'] / 2**20}MiB"
-    refused = plan("--json", "--device-memory", less, batch_size=32)
+    less = f"cpu {0.8 * whole['total_bytes'] / 2**20}MiB"
+    refused = plan("--json", "--device", less, batch_size=32)
     found = json.loads(refused.stdout)["plan"]
     assert refused.exit_code == 1 and found["verdict"] == "refused"
     batch = next(each for each in found["remedies"] if each["change"].startswith("train.batch_size"))
     assert batch["fits"] and found["seconds_per_step"] is None
     smaller = int(batch["change"].split()[1])
-    tried = json.loads(plan("--json", "--no-probe", "--device-memory", less, batch_size=smaller).stdout)["plan"]
+    tried = json.loads(plan("--json", "--device", less, batch_size=smaller).stdout)["plan"]
     assert tried["verdict"] != "refused" and tried["total_bytes"] == batch["total_bytes"]
-    shown = plan("--no-probe", "--device-memory", "50kB", batch_size=32)
+    shown = plan("--device", "cpu 50kB", batch_size=32)
     assert shown.exit_code == 1
     assert "cannot fit" in shown.stdout and "No setting makes it fit" in shown.stdout
+
+
+def test_a_plan_for_other_devices_has_their_memory_and_precision(plan: Plan) -> None:
+    card, old_card = (json.loads(plan("--json", "--device", name).stdout)["plan"] for name in ("1x A100 80GB", "T4"))
+    assert (card["device"], card["device_bytes"], card["precision"]) == ("A100 80GB", 80 * 10**9, "bf16")
+    assert (old_card["device_bytes"], old_card["precision"]) == (16 * 10**9, "fp32")
+    assert old_card["memory"]["weights"] == 2 * card["memory"]["weights"]
+    assert card["seconds_per_step"] is None and any("no step was timed" in note for note in card["notes"])
+    several = json.loads(plan("--json", "--device", "4x L4", num_processes=2).stdout)["plan"]
+    assert any(note.startswith("2 of 4 devices") for note in several["notes"])
+    fewer = plan("--json", "--device", "L4", num_processes=2)
+    assert fewer.exit_code == 2 and json.loads(fewer.stderr.splitlines()[-1])["code"] == "device"
 
 
 def config_only(folder: Path, **sizes: int) -> Path:
