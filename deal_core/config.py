@@ -76,6 +76,8 @@ Shard = Literal["none", "base"]
 """base: each process keeps a part of the frozen base model, none: each keeps the whole."""
 Schedule = Literal["constant", "linear"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
+MIN_VALIDATED = 200
+"""Training rows from which on some are held back for validation."""
 NOT_DECIDING = ("num_processes", "attention", "padding_free", "torch_compile")
 """Settings of the training that change its result by no more than rounding, or by other random numbers of a dropout."""
 
@@ -97,6 +99,9 @@ class TrainConfig:
     """Passes over the training rows. One pass over 150 rows is 19 steps, which are too few."""
     max_steps: Count | None = None
     """Optimiser steps; a value here replaces num_epochs."""
+    validation_share: ShareBelowOne = 0.0
+    """Share of an arrival's training rows that are not learned but decide which step of the training is kept, and
+    whether it ends early. Of fewer than 200 rows none are held back."""
     batch_size: Count = 8
     """Rows per micro-batch, summed over all processes."""
     gradient_accumulation_steps: Count = 1
@@ -147,7 +152,10 @@ class TrainConfig:
 
     def deciding(self) -> dict[str, Any]:
         """The settings that decide the result, for digests."""
-        return {name: value for name, value in asdict(self).items() if name not in NOT_DECIDING}
+        values = {name: value for name, value in asdict(self).items() if name not in NOT_DECIDING}
+        if not self.validation_share:  # a digest from before this setting stays
+            del values["validation_share"]
+        return values
 
     def with_smaller_batches(self) -> TrainConfig | None:
         """Return settings whose micro-batches have half as many rows, and whose steps have the same rows as before.
@@ -170,8 +178,12 @@ class TrainConfig:
         """Return the most tokens of an answer to a task with these labels; without labels its answers are free."""
         return self.max_answer_tokens or (50 if labels else 256)
 
+    def num_learned(self, num_rows: int) -> int:
+        """Return how many of so many training rows are learned; the others are for validation."""
+        return num_rows - (round(self.validation_share * num_rows) if num_rows >= MIN_VALIDATED else 0)
+
     def num_steps(self, num_rows: int) -> int:
-        """Optimiser steps for a task with `num_rows` training rows."""
+        """Optimiser steps for a task of which `num_rows` rows are learned."""
         rows_per_step = self.batch_size * self.gradient_accumulation_steps
         return self.max_steps or math.ceil(num_rows / rows_per_step) * self.num_epochs
 

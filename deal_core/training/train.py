@@ -16,7 +16,7 @@ from deal_core.adapter.precision import base_precision
 from deal_core.adapter.state import adapter_fill, attach_adapter, load_adapter, load_method_state, save_adapter
 from deal_core.base_model.load import BaseModel
 from deal_core.base_model.sharding import shard_base
-from deal_core.config import AdapterConfig, Shard, TrainConfig
+from deal_core.config import MIN_VALIDATED, AdapterConfig, Shard, TrainConfig
 from deal_core.data.collate import encode_rows
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
@@ -33,6 +33,7 @@ from deal_core.training.objective import (
     describe_preferences,
 )
 from deal_core.training.trainer import AdapterTrainer, OnCheckpoint, OnLog, find_checkpoint, training_arguments
+from deal_core.training.validation import Validation
 
 MIN_REPEATS = 4
 """Rows of an answer, on average, from which on the answers of a task without labels count as labels."""
@@ -50,6 +51,10 @@ class TrainingResult:
     """Training rows per second in this call."""
     losses: tuple[tuple[int, float], ...]
     """(step, mean loss per token that counts) of every step, including those before a resume."""
+    validation_losses: tuple[tuple[int, float], ...]
+    """(step, mean loss per token that counts) of the rows that were held back; empty: there were none."""
+    kept_step: int | None
+    """The step whose adapter is the result; None: the last one, as no rows were held back."""
     resumed_from_step: int | None
     """Step of the checkpoint that the run continued from, or None."""
     fill: Mapping[str, float]
@@ -133,7 +138,7 @@ def train_adapter(
     if joined and any(schema.learns_preferences for schema, _ in tasks):
         raise ConfigError("Preferences are learned alone, and joint training has several tasks; leave them out there.")
     encoded = _encode(tasks, more_rows, base, train)
-    num_rows = len(encoded)
+    num_rows = train.num_learned(len(encoded))
     rate = train.preference_learning_rate if task.learns_preferences else train.rate(base.model.num_parameters())
     args = training_arguments(train, checkpoint_folder, num_rows, rate)
     if args.world_size != train.num_processes:
@@ -161,6 +166,17 @@ def train_adapter(
             shard_base(model)
         if task.learns_preferences:  # the model is the parent version until the strategy prepares it
             encoded = add_preferences(encoded, rows, model, base.tokenizer, task, train)
+        validation = None
+        if num_rows < len(encoded):
+            learned, held_back = _divide(encoded, num_rows, train.seed)
+            validation = Validation(
+                encoded.select(held_back),
+                num_steps=args.max_steps,
+                steps_of_epoch=math.ceil(num_rows / (train.batch_size * train.gradient_accumulation_steps)),
+                folder=checkpoint_folder,
+            )
+            encoded = encoded.select(learned)
+            rows = rows.select([place for place in learned if place < len(rows)])
         context = TaskContext(
             base=base,
             task=task,
@@ -188,6 +204,7 @@ def train_adapter(
             objective=PreferenceLoss(train.preference_beta) if task.learns_preferences else AnswerLoss(),
             balance_labels=balance_labels,
             is_sharded=shard == "base",
+            validation=validation,
             on_log=on_log,
             on_checkpoint=on_checkpoint,
         )
@@ -208,12 +225,19 @@ def train_adapter(
         resumed_from = None if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
         rows_per_step = train.batch_size * train.gradient_accumulation_steps
         seen, before = (_rows_until(step, num_rows, rows_per_step) for step in (num_steps, resumed_from or 0))
-        notes = [*learner.notes(), *_lost(parent_state, state), *_cut(encoded, train, train.answer_tokens(task.labels))]
+        notes = [
+            *learner.notes(),
+            *_validated(validation, train, num_rows, num_steps),
+            *_lost(parent_state, state),
+            *_cut(encoded, train, train.answer_tokens(task.labels)),
+        ]
         return TrainingResult(
             num_steps=num_steps,
             seconds=seconds,
             rows_per_second=(seen - before) / seconds if seconds > 0 else 0.0,
             losses=tuple((int(figures["step"]), float(figures["loss"])) for figures in log if "loss" in figures),
+            validation_losses=() if validation is None else validation.finite_losses,
+            kept_step=None if validation is None else validation.best_step,
             resumed_from_step=resumed_from,
             fill=adapter_fill(model),
             notes=(*notes, *([describe_preferences(encoded)] if task.learns_preferences else [])),
@@ -223,6 +247,15 @@ def train_adapter(
         set_attention(base.model, usual_attention)
         if train.gradient_checkpointing:
             base.model.gradient_checkpointing_disable()
+
+
+def _divide(encoded: Dataset, num_learned: int, seed: int) -> tuple[list[int], list[int]]:
+    """The places of the rows that are learned, and of those that are held back, with every answer in its share."""
+    from deal_core.strategies.kept_rows import choose_rows
+
+    answers = [tuple(ids) for ids in encoded["answer_ids"]]
+    held_back = sorted(choose_rows(answers, len(encoded) - num_learned, seed))
+    return sorted({*range(len(encoded))} - {*held_back}), held_back
 
 
 def _encode(
@@ -279,6 +312,14 @@ def _rows_until(step: int, num_rows: int, rows_per_step: int) -> int:
     """Rows that the first `step` optimiser steps have seen; the last step of an epoch may have fewer rows."""
     epochs, steps = divmod(step, math.ceil(num_rows / rows_per_step))
     return epochs * num_rows + steps * rows_per_step
+
+
+def _validated(validation: Validation | None, train: TrainConfig, num_rows: int, num_steps: int) -> Iterator[str]:
+    """Notes about the rows that are held back."""
+    if validation is not None:
+        yield validation.describe(num_steps)
+    elif train.validation_share:
+        yield f"validation: none of {num_rows} rows are held back; train.validation_share takes {MIN_VALIDATED} or more"
 
 
 def _lost(parent: MethodState | None, state: MethodState) -> Iterator[str]:

@@ -18,6 +18,7 @@ import torch
 from accelerate.utils import broadcast, gather, reduce
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -32,6 +33,7 @@ from deal_core.regular_file import complete_file, flush_to_disk
 from deal_core.strategies.rehearsal import at_answers
 from deal_core.strategies.strategy import Strategy
 from deal_core.training.objective import Objective
+from deal_core.training.validation import VALIDATION_LOSS, Validation
 
 OnLog = Callable[[int, Mapping[str, float]], None]
 OnCheckpoint = Callable[[Path], None]
@@ -106,6 +108,7 @@ class AdapterTrainer(Trainer):
         objective: Objective,
         balance_labels: bool = False,
         is_sharded: bool = False,
+        validation: Validation | None = None,
         on_log: OnLog | None = None,
         on_checkpoint: OnCheckpoint | None = None,
         **kwargs: Any,
@@ -123,6 +126,7 @@ class AdapterTrainer(Trainer):
         self._rehearsal = strategy.rehearsal()
         self._reads_apart = args.device.type in APART_ON
         self._objective = objective
+        self._validation = validation
         self.remove_callback(PrinterCallback)
         self._steps = _Steps(strategy, on_log, Path(str(self.args.output_dir)) / HISTORY_FILE)
         self.add_callback(self._steps)
@@ -136,6 +140,11 @@ class AdapterTrainer(Trainer):
         """
         if checkpoint is not None and (checkpoint / STRATEGY_TENSORS).is_file():
             self.strategy.restore(load_file(checkpoint / STRATEGY_TENSORS))
+        if self._validation is not None:
+            until = 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
+            earlier = [figures for figures in self._steps.read() if figures["step"] <= until]
+            losses = [(int(each["step"]), each[VALIDATION_LOSS]) for each in earlier if VALIDATION_LOSS in each]
+            self._validation.resume(checkpoint, losses)
         try:
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except RuntimeError as error:
@@ -148,6 +157,11 @@ class AdapterTrainer(Trainer):
             ) from None
         if self.args.world_size > 1:
             require_in_step(self.strategy.parameters())
+        # the first process alone has the best step's tensors, and saves the adapter
+        if self._validation is not None and self.args.should_save:
+            best = self._validation.best_step
+            if best not in (None, self.state.global_step):
+                self._validation.put_back(self._adapted, self.strategy)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
         """Rows in the order of steps: how a step is divided into micro-batches does not change which rows share it."""
@@ -228,6 +242,26 @@ class AdapterTrainer(Trainer):
                 torch.autograd.backward(penalty)
         return self._own_loss
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Report the figures of a step, with the loss of the rows that are held back if they are due."""
+        validation, step = self._validation, self.state.global_step
+        if validation is None or "loss" not in logs or not validation.is_due(step):
+            super().log(logs, start_time)
+            return
+        loss = validation.measure(self._adapted, self.data_collator, self._objective)
+        validation.losses.append((step, loss))
+        if self.args.should_save and validation.best_step == step:
+            validation.keep(self._adapted, self.strategy)
+        super().log({**logs, VALIDATION_LOSS: loss}, start_time)
+        if validation.is_over:
+            self.control.should_training_stop = True
+            self.control.should_save = False  # from a checkpoint of the last step, one step too many would be taken
+
+    @property
+    def _adapted(self) -> PeftModel:
+        assert isinstance(self.model, PeftModel)
+        return self.model
+
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         return self.accelerator.clip_grad_norm_(self.strategy.parameters(), self.args.max_grad_norm)
 
@@ -259,6 +293,8 @@ class AdapterTrainer(Trainer):
                 folder / STRATEGY_TENSORS,
             )
         self._steps.keep(steps)
+        if self._validation is not None:
+            self._validation.add_to(folder)
         flush_to_disk(folder)
         (folder / COMPLETE).touch()  # written last: a folder without it does not count
         rotate_checkpoints(str(self.args.output_dir), save_total_limit=NUM_CHECKPOINTS)  # by step: a clock may go back
@@ -285,7 +321,7 @@ class _Steps(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """After a resume, read the earlier steps and report them again: a killed process may not have reported all."""
-        state.log_history = [figures for figures in self._read() if figures["step"] <= state.global_step]
+        state.log_history = [figures for figures in self.read() if figures["step"] <= state.global_step]
         self._num_kept = len(state.log_history)
         if args.should_save and args.save_strategy != "no":
             with complete_file(self._file) as part:
@@ -331,9 +367,12 @@ class _Steps(TrainerCallback):
 
     def _report(self, step: int, figures: Mapping[str, float]) -> None:
         if self._on_log is not None and "loss" in figures:
-            self._on_log(step, {name: float(figures[name]) for name in ("loss", "grad_norm") if name in figures})
+            names = ("loss", "grad_norm", VALIDATION_LOSS)
+            values = {name: float(figures[name]) for name in names if name in figures}
+            self._on_log(step, {name: value for name, value in values.items() if math.isfinite(value)})
 
-    def _read(self) -> Iterator[dict[str, float]]:
+    def read(self) -> Iterator[dict[str, float]]:
+        """The figures of the steps in the file."""
         lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.is_file() else []
         with suppress(ValueError):  # a kill may have cut the last line, which is of a step after the checkpoint
             yield from map(json.loads, lines)

@@ -47,7 +47,8 @@ def charts_of(
 ) -> dict[str, str]:
     """Return the charts of a page: `tasks`, `loss`, and `live:TASK` for each task with live traffic."""
     tasks = accuracy_over_versions(evaluation.matrix, versions)
-    loss = loss_curve(report.training.losses)
+    training = report.training
+    loss = loss_curve(training.losses, training.validation_losses, training.kept_step)
     charts = {
         "tasks": inline_svg(tasks, "tasks", "Accuracy of every task, version by version"),
         "loss": inline_svg(loss, "loss", "Training loss over optimiser steps"),

@@ -135,8 +135,13 @@ def describe(matrix: AccuracyMatrix, separator: str = "") -> str:
     return separator + ", ".join(parts) if parts else ""
 
 
-def loss_curve(losses: Sequence[tuple[int, float]]) -> Figure:
-    """Draw the training loss over optimiser steps, from ordered pairs; from 60 points on also its running mean."""
+def loss_curve(
+    losses: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]] = (), kept_step: int | None = None
+) -> Figure:
+    """Draw the training loss over optimiser steps, from ordered pairs; from 60 points on also its running mean.
+
+    `validation` is the loss of rows that were held back, and `kept_step` the step that they chose.
+    """
     figure = new_figure(7.5, 3.6)
     axes = figure.subplots()
     points = [(step, loss) for step, loss in losses if math.isfinite(loss)]
@@ -152,8 +157,15 @@ def loss_curve(losses: Sequence[tuple[int, float]]) -> Figure:
         smooth = numpy.convolve(values, numpy.ones(2 * half + 1) / (2 * half + 1), "valid")
         axes.plot(steps[half : len(steps) - half], smooth, color=COLOURS[0], linewidth=2.2)
         axes.set_title(f"line: running mean of {2 * half + 1} points", fontsize=9, loc="right", color=MUTED)
+    highest = float(values.max())
+    if validation:
+        highest = max(highest, *(loss for _, loss in validation))
+        axes.plot(*zip(*validation, strict=True), color=COLOURS[1], marker="s", markersize=4.5, label="held-back rows")
+        if kept_step is not None:
+            axes.axvline(kept_step, color=MUTED, linestyle=":", label=f"kept: step {kept_step}")
+        axes.legend(frameon=False, fontsize=9)
     tidy(axes)
-    axes.set_ylim(0, float(values.max()) * 1.06 or 1)
+    axes.set_ylim(0, highest * 1.06 or 1)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("optimiser step", color=MUTED)

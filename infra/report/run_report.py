@@ -98,6 +98,10 @@ class Training(ReportPart):
     resumed_from_step: int | None = None
     losses: tuple[tuple[int, float], ...]
     """Step and loss; on a page long series are thinned out."""
+    validation_losses: tuple[tuple[int, float], ...] = ()
+    """Step and loss of the rows that were held back for validation; empty: there were none."""
+    kept_step: int | None = None
+    """The step that validation chose; None: the last one, without validation."""
 
 
 class Link(ReportPart):

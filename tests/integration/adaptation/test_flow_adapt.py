@@ -105,6 +105,22 @@ def test_the_first_arrival_becomes_champion_and_leaves_everything_in_its_place(f
     assert not list((home / "work").rglob("*.*")), "checkpoints were not deleted"
 
 
+def test_the_loss_of_rows_that_are_held_back_is_in_mlflow_and_on_the_page(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deal_core.config.MIN_VALIDATED", 72)
+    steps = {"max_steps": 6, "batch_size": 16, "max_prompt_tokens": 192, "max_answer_tokens": 12}
+    result = run(tiny_base, BANK, train={**steps, "validation_share": 0.25})
+    report, page = page_of(result)
+    points, kept = report.training.validation_losses, report.training.kept_step
+    assert [step for step, _ in points] == [2, 4, 6], "54 rows are learned: twice in four steps, and after the last one"
+    assert kept == min(points, key=lambda point: point[1])[0]
+    assert f"Step {kept} is kept" in page and "held-back rows" in page
+    tracked = in_mlflow("l", result.run_key)
+    history = tracked.client.get_metric_history(tracked.run_id, "train/validation_loss")
+    assert {point.step: point.value for point in history} == pytest.approx(dict(points))
+
+
 def test_the_next_arrival_continues_the_champion_and_every_task_is_judged(
     tiny_base: Path, tmp_path: Path, first: AdaptResult
 ) -> None:

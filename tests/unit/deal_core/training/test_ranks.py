@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure, record
 
 from deal_core.adapter.state import load_method_state
-from deal_core.config import AdapterConfig, TrainConfig
+from deal_core.config import MIN_VALIDATED, AdapterConfig, TrainConfig
 from deal_core.data.collate import (
     IGNORED,
     AnswerCollator,
@@ -117,6 +117,17 @@ def test_two_processes_equal_one(base, job, rows, tmp_path):
     assert two.notes[0] == "rehearsed 12 rows of one old task, 4 a step"
     states = [load_method_state(tmp_path / name).tensors for name in ("one", "two")]
     assert len(states[0]) == 2 and all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.nightly
+def test_two_processes_choose_the_step_that_one_chooses(base, job, rows, tmp_path):
+    """They divide the rows that are held back."""
+    rows(MIN_VALIDATED).to_parquet(str(job.rows_file))
+    job = retrained(job, num_epochs=1, batch_size=16, validation_share=0.05)
+    two, one = run_in_processes(job, tmp_path / "ranks"), train_in_one(base, job, tmp_path)
+    assert_same(one, two, tmp_path)
+    assert len(one.validation_losses) == 2 and two.kept_step == one.kept_step
+    assert dict(two.validation_losses) == pytest.approx(dict(one.validation_losses), rel=1e-4)
 
 
 @pytest.mark.nightly

@@ -88,6 +88,14 @@ def test_the_loss_curve_shows_every_finite_point_and_smooths_long_ones() -> None
     assert numpy.ptp(smooth.get_ydata()) < 0.06
 
 
+def test_the_loss_of_held_back_rows_is_a_line_of_its_own_with_the_step_that_is_kept() -> None:
+    axes = loss_curve([(1, 2.0), (2, 1.0), (3, 0.5)], [(1, 2.5), (3, 3.0)], kept_step=1).axes[0]
+    training, held_back, kept = axes.lines
+    assert list(held_back.get_ydata()) == [2.5, 3.0] and list(training.get_ydata()) == [2.0, 1.0, 0.5]
+    assert list(kept.get_xdata()) == [1, 1] and axes.get_ylim()[1] > 3.0
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["held-back rows", "kept: step 1"]
+
+
 def test_the_result_is_a_matrix_and_what_is_left_of_each_task() -> None:
     figure = result_figure(make_matrix("bank", "clinic"), name="mine")
     assert [axes.get_title(loc="left").strip() for axes in figure.axes] == ["mine", "at the end, all tasks"]
