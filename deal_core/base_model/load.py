@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from accelerate import PartialState
+from accelerate import PartialState, init_empty_weights
 
 from deal_core.base_model import cpu_attention as attention
 from deal_core.base_model import sources
@@ -69,13 +69,15 @@ def load_base(
     precision: Precision = "auto",
     quantize: Quantize = "none",
     in_main_memory: bool = False,
+    receives: str | None = None,
     on_progress: Progress | None = None,
 ) -> BaseModel:
     """Load a base model and its tokenizer.
 
     `source` is as for `resolve_base`, or a folder that it returned. Digests are kept in `cache_folder` too. `quantize`
     holds the linear layers in 8 or 4 bits; computations with them use `precision`, see `choose_dtype`. A model that
-    is to be sharded stays `in_main_memory`, as no device may hold it.
+    is to be sharded stays `in_main_memory`, as no device may hold it. One process reads its weights; another one
+    `receives` them from it in `shard_base`, and is told their digest.
 
     Raises:
         ConfigError: the source cannot be found, fetched, or loaded without pickle and foreign code. It is also raised,
@@ -85,20 +87,25 @@ def load_base(
     dtype = choose_dtype(precision)
     quantized = {} if quantize == "none" else quantization(quantize, dtype)
     folder = sources.resolve_base(source, cache_folder, on_progress)
-    stated = sources.stated_identity(folder, cache_folder)  # before its files are read
+    stated = None
+    if receives is None:
+        stated = sources.stated_identity(folder, cache_folder)  # before its files are read
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = read_tokenizer(folder, source)
-        model, info = sources.auto_class(config).from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **quantized,
-        )
-        sources.require_all_weights(info)
+        if receives is None:
+            model, info = sources.auto_class(config).from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **quantized,
+            )
+            sources.require_all_weights(info)
+        else:
+            model = _without_weights(config, dtype)
         if model.config._attn_implementation == "sdpa" and config.model_type in attention.MODEL_TYPES:
             model.set_attn_implementation(attention.NAME)
     except ConfigError:
@@ -110,7 +117,7 @@ def load_base(
         ) from error
     # The special tokens alone are taken over: a repetition penalty, for example, would act on greedy answers, and
     # against every label in the instruction. A merged model that is exported ends its answers as it does here.
-    advised, ends = model.generation_config, stop_ids(tokenizer)
+    advised, ends = read_advice(folder), stop_ids(tokenizer)
     model.generation_config = transformers.GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=advised.bos_token_id,
         eos_token_id=ends if len(ends) > 1 else advised.eos_token_id,
@@ -122,7 +129,7 @@ def load_base(
     model.eval()
     if stated is None:
         name = folder.name if Path(source).expanduser().is_dir() else source
-        stated = name, sources.sha256_of_model(folder, cache_folder / "digests")
+        stated = name, receives or sources.sha256_of_model(folder, cache_folder / "digests")
     name, sha256 = stated
     kind: Literal["causal", "seq2seq"] = "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
     return BaseModel(model=model, tokenizer=tokenizer, name=name, sha256=sha256, kind=kind, quantize=quantize)
@@ -137,12 +144,7 @@ def read_tokenizer(folder: Path, source: str) -> Any:
         ConfigError: The tokenizer has no padding, end or unknown token.
     """
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    try:
-        advised = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except OSError:  # as transformers does, when it loads a model without such a file
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        advised = transformers.GenerationConfig.from_model_config(config)
-    advise_stop_ids(tokenizer, advised.eos_token_id)
+    advise_stop_ids(tokenizer, read_advice(folder).eos_token_id)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         if tokenizer.pad_token is None:
@@ -150,6 +152,30 @@ def read_tokenizer(folder: Path, source: str) -> Any:
                 f"The tokenizer of {source!r} has no padding, end or unknown token; set one in its folder."
             )
     return tokenizer
+
+
+def read_advice(folder: Path) -> transformers.GenerationConfig:
+    """Read the generation config in a base model's folder; without its file, what the model's config implies."""
+    try:
+        return transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except OSError:  # as transformers does, when it loads a model without such a file
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return transformers.GenerationConfig.from_model_config(config)
+
+
+def _without_weights(config: Any, dtype: torch.dtype) -> Any:
+    """Build a model whose parameters have no content yet. Main memory is taken only for what is written into them."""
+    with init_empty_weights(include_buffers=False):  # buffers are computed from the config
+        model = sources.auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
+    model.tie_weights()
+    made: dict[int, torch.nn.Parameter] = {}  # tied parameters stay one
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in made:
+                    made[id(parameter)] = torch.nn.Parameter(torch.empty_like(parameter, device="cpu"))
+                module._parameters[name] = made[id(parameter)]
+    return model
 
 
 def choose_dtype(precision: Precision) -> torch.dtype:

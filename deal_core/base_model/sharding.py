@@ -1,13 +1,14 @@
 """A base model that no device holds as a whole: FSDP2 keeps a part of every layer in each process.
 
 The frozen layers are sharded. Embeddings, output layer and the LoRA factors stay whole on every device, so strategies
-see the same factors as without. A layer is gathered while it computes, and every process must compute it at the same
-time: `in_step` lets processes with unequal work do so.
+see the same factors as without. The first process reads the weights and sends them layer by layer, so another one holds
+its parts and one layer in main memory. A layer is gathered while it computes, and every process must compute it at the
+same time: `in_step` lets processes with unequal work do so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -27,7 +28,8 @@ from deal_core.errors import ConfigError
 def shard_base(model: LanguageModel) -> None:
     """Shard the frozen layers of a model in main memory over the processes, and move all else to this one's device.
 
-    Every process calls this, with the same model. An adapter on the model stays whole.
+    Every process calls this, with the same model. The weights are those of the first process. An adapter on the model
+    stays whole.
 
     Raises:
         ConfigError: The model is quantized, an encoder-decoder, or has no list of layers; or there is one process.
@@ -44,18 +46,38 @@ def shard_base(model: LanguageModel) -> None:
     decoder = _decoder_of(model)
     layers = next(child for child in decoder.children() if isinstance(child, nn.ModuleList))
     within = {id(parameter) for parameter in layers.parameters()}
-    # of a layer, the frozen parameters are its own: an adapter's are trained, or named lora_A and lora_B
-    whole = {p for name, p in model.named_parameters() if id(p) not in within or p.requires_grad or ".lora_" in name}
-    for parameter in whole:
-        parameter.data = parameter.data.to(state.device)
+    # of a layer, all but the adapter's factors is divided
+    parameters = [(p, id(p) not in within or ".lora_" in name) for name, p in model.named_parameters()]
+    whole = {parameter for parameter, is_whole in parameters if is_whole}
+    _send([parameter for parameter, is_whole in parameters if is_whole], state.device)
     for name, buffer in model.named_buffers():
         owner = model.get_submodule(name.rpartition(".")[0])
-        owner._buffers[name.rpartition(".")[2]] = buffer.to(state.device)
+        (owner._buffers[name.rpartition(".")[2]],) = _sent([buffer], state.device)
     mesh = init_device_mesh(state.device.type, (state.num_processes,))
     for layer in layers:
+        _send([parameter for parameter in layer.parameters() if parameter not in whole], state.device)
         fully_shard(layer, mesh=mesh, ignored_params=whole)
     fully_shard(decoder, mesh=mesh, ignored_params=whole)
     _read_a_token(decoder)  # FSDP2 makes its buffers now: made in inference mode, they could not be used in training
+
+
+def _send(parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+    """Give every process the first one's values of these parameters, on the device."""
+    for parameter, values in zip(parameters, _sent(parameters, device), strict=True):
+        parameter.data = values
+
+
+@torch.no_grad()
+def _sent(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Return the first process's values of these tensors, on the device. Their shapes are the same everywhere."""
+    dtypes = [[tensor.dtype for tensor in tensors]]
+    dist.broadcast_object_list(dtypes, src=0, device=device)
+    received = []
+    for tensor, dtype in zip(tensors, dtypes[0], strict=True):
+        values = tensor.detach().to(device, dtype).contiguous()
+        dist.broadcast(values.flatten().view(torch.uint8), src=0)  # as bytes: not every backend knows every type
+        received.append(values)
+    return received
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -49,6 +49,7 @@ def run_job(job: TrainingJob | AnswerJob, send: Send, on_checkpoint: OnCheckpoin
         precision=job.precision,
         quantize=job.quantize,
         in_main_memory=job.shard == "base",
+        receives=job.base_sha256 if job.shard == "base" and not state.is_main_process else None,
     )
     if base.sha256 != job.base_sha256:
         raise ConfigError(f"The base model {job.base_source} has changed since the run began; start it again.")

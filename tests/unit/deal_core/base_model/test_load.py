@@ -264,3 +264,22 @@ def test_a_cpu_does_bf16_well_by_its_flags(flags: str, fast: bool, tmp_path: Pat
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: amx_bf16 by name only\nflags\t\t: {flags}\n")
     assert bool(bf16_instructions(tmp_path / "cpuinfo")) is fast
     assert bf16_instructions(tmp_path / "absent") == ()
+
+
+def test_a_model_that_receives_its_weights_has_the_parameters_of_the_one_that_sends_them(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    whole = load_base(str(tiny_base), tmp_path / "cache", precision="bf16", in_main_memory=True)
+    unread = copy_of(tiny_base, tmp_path / tiny_base.name)
+    (unread / "model.safetensors").write_bytes(b"no weights")
+    empty = load_base(str(unread), tmp_path / "cache", precision="bf16", in_main_memory=True, receives=whole.sha256)
+    assert (empty.name, empty.sha256, empty.kind) == (whole.name, whole.sha256, whole.kind)
+    shapes = [
+        [(name, p.shape, p.dtype, p.device) for name, p in base.model.named_parameters()] for base in (whole, empty)
+    ]
+    assert shapes[0] == shapes[1], "tied ones come once"
+    buffers = [dict(base.model.named_buffers()) for base in (whole, empty)]
+    assert buffers[0].keys() == buffers[1].keys()
+    assert all(torch.equal(buffer, buffers[1][name]) for name, buffer in buffers[0].items())
+    assert empty.model.generation_config.to_dict() == whole.model.generation_config.to_dict()
+    assert not empty.model.training

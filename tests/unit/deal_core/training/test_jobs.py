@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,16 +19,18 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.adapter.state import adapter_on
+from deal_core.base_model.load import load_base
 from deal_core.base_model.sharding import is_sharded, shard_base
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import answer_collator
 from deal_core.errors import ConfigError, DeviceMemoryError, RankError
 from deal_core.evaluation.score import evaluate_task
 from deal_core.method_config import MethodConfig
-from deal_core.training.jobs import AnswerJob, AnswerResult, TrainingJob, train_within_memory
+from deal_core.training.jobs import AnswerJob, AnswerResult, TrainingJob, read_result, train_within_memory
 from deal_core.training.ranks import run_in_processes
 from deal_core.training.train import KeptSource, TrainingSetup
 from infra.launch import launch_job
@@ -32,6 +38,7 @@ from tests.unit.deal_core.conftest import TASK, as_served, make_rows, train_into
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 STEPS = TrainConfig(batch_size=4, learning_rate=5e-3, num_epochs=1, max_prompt_tokens=64, checkpoint_steps=2)
+ROOT = Path(__file__).parents[4]
 OLD = replace(TASK, name="old", instruction="Say the colour.")
 
 
@@ -166,6 +173,52 @@ def test_processes_answer_as_one(base, answer_job, tmp_path, shard):
         assert [row.text for row in found] == [row.text for row in expected]
     assert {message["task"] for message in messages} == {0, 1, 2}
     assert sum(message["rows"] for message in messages if message["task"] == 0) == 14
+
+
+RANK = """
+import json, os, resource, sys
+from dataclasses import replace
+from pathlib import Path
+
+from deal_core.training.jobs import read_job
+from deal_core.training.main import run_job
+
+job_file, without_weights, folder = map(Path, sys.argv[1:])
+job, rank, messages = read_job(job_file), os.environ["RANK"], []
+if rank == "1":
+    job = replace(job, base_source=str(without_weights))
+run_job(job, messages.append)
+peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+(folder / f"{rank}.json").write_text(json.dumps({"peak": peak, "messages": messages}))
+"""
+"""What each of two processes runs. The second one's base model has a file of weights that nobody can read."""
+
+
+@pytest.mark.nightly(minutes=2)
+def test_of_two_processes_the_first_one_alone_reads_a_sharded_base(base, answer_job, tmp_path):
+    config = copy.deepcopy(base.model.config)
+    config.update({"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16, "head_dim": 128})
+    large, without_weights = tmp_path / "large", tmp_path / "without"
+    LlamaForCausalLM(config).save_pretrained(large)
+    base.tokenizer.save_pretrained(large)
+    num_bytes = (large / "model.safetensors").stat().st_size
+    shutil.copytree(large, without_weights)
+    (without_weights / "model.safetensors").write_bytes(b"no weights")
+    whole = load_base(str(large), tmp_path / "cache", precision="fp32")
+    job = replace(answer_job, base_source=str(large), base_sha256=whole.sha256, adapter_folder=None, shard="base")
+    expected = replace(job, num_processes=1, shard="none").run(whole)
+    job.write(tmp_path / "job.json")
+    (tmp_path / "rank.py").write_text(RANK)
+    command = [*TORCHRUN, *map(str, (tmp_path / "rank.py", tmp_path / "job.json", without_weights, tmp_path))]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    answers = read_result(job, first["messages"][-1]["result"]).answers
+    assert [[row.text for row in given] for given in answers] == [
+        [row.text for row in given] for given in expected.answers
+    ]
+    assert first["peak"] - second["peak"] > num_bytes / 4, "the second one holds half of the layers, and one at a time"
 
 
 def test_one_process_answers_each_row_in_its_place(base, answer_job, tmp_path):
