@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast, gather, reduce
@@ -205,7 +205,7 @@ class AdapterTrainer(Trainer):
         logits, num_own = answer_logits(model, whole), len(inputs["labels"])
         own = {**inputs, "labels": whole["labels"][:num_own]}  # as wide as the logits
         loss = self._objective.loss_sum(logits[:num_own], own) / num_items_in_batch * self.accelerator.num_processes
-        self._own_loss = loss.detach()
+        self._own_loss: Tensor = loss.detach()
         if rehearsal is not None and share is not None:
             loss = loss + rehearsal.loss_of(share, at_answers(share.rows, logits, whole))
         return loss
@@ -248,7 +248,7 @@ class AdapterTrainer(Trainer):
         if validation is None or "loss" not in logs or not validation.is_due(step):
             super().log(logs, start_time)
             return
-        loss = validation.measure(self._adapted, self.data_collator, self._objective)
+        loss = validation.measure(self._adapted, cast(Any, self.data_collator), self._objective)
         validation.losses.append((step, loss))
         if self.args.should_save and validation.best_step == step:
             validation.keep(self._adapted, self.strategy)

@@ -111,7 +111,7 @@ class Validation:
 
     def keep(self, model: PeftModel, strategy: Strategy) -> None:
         """Write the tensors of the current step, in place of those of an earlier one."""
-        tensors = {f"{_FACTOR}{name}": p for name, p in model.named_parameters() if ".lora_" in name}
+        tensors: dict[str, Tensor] = {f"{_FACTOR}{name}": p for name, p in model.named_parameters() if ".lora_" in name}
         tensors |= {f"{_STRATEGY}{name}": tensor for name, tensor in strategy.checkpoint().items()}
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with complete_file(self._file) as part:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,23 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from torch import nn
+from transformers import LlamaModel
 
-from deal_core.base_model.load import load_base
+from deal_core.base_model.load import find_config, load_base, precision_name
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
+from deal_core.evaluation.answering import ServedTask
+from deal_core.evaluation.batches import MAX_BATCH_TOKENS, batch_tokens, in_batches
+from deal_core.evaluation.generation import answer_inputs
 from deal_core.method_config import MethodConfig
+from deal_core.planning.memory import BatchShape, MethodShape, plan_memory
+from deal_core.planning.meta_model import measure_activations, measure_model
 from deal_core.training.jobs import TrainingJob
 from deal_core.training.ranks import run_in_processes
 from deal_core.training.train import TrainingResult, TrainingSetup, train_adapter
 from deal_core.training.trainer import AdapterTrainer
+from tests.turn_bases import KINDS, build_turn_base
 
 pytestmark = [
     pytest.mark.gpu,
@@ -160,8 +169,108 @@ def test_learns_on_a_quantized_base(quantize, tiny_base, tmp_path):
     assert {tensor.dtype for tensor in load_file(folder / "adapter_model.safetensors").values()} == {torch.float32}
 
 
+def test_products_of_the_adapter_are_bf16_and_its_weights_fp32(tiny_base: Path, tmp_path: Path) -> None:
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        pytest.skip("this device has no bf16")
+    types = set[torch.dtype]()
+
+    def note(module: nn.Module, given: Any, output: Any) -> None:
+        if isinstance(module, nn.Linear) and module.weight.requires_grad:
+            types.add(output.dtype)
+
+    with torch.nn.modules.module.register_module_forward_hook(note):
+        run(tiny_base, tmp_path, None)
+    assert types == {torch.bfloat16}
+    kept = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in kept.values()} == {torch.float32}
+
+
+def test_rehearsed_rows_take_no_pass_of_their_own(tiny_base: Path, tmp_path: Path) -> None:
+    passes = 0
+
+    def note(module: nn.Module, given: Any, output: Any) -> None:
+        nonlocal passes
+        passes += isinstance(module, LlamaModel) and module.training
+
+    run(tiny_base, tmp_path / "first", None)
+    with torch.nn.modules.module.register_module_forward_hook(note):
+        later = run(tiny_base, tmp_path / "later", tmp_path / "first" / "adapter")
+    assert "rehearsed 6 rows of one old task, 4 a step" in later.notes and passes == STEPS.max_steps
+
+
+def test_answers_do_not_depend_on_the_size_of_a_batch(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load_base(str(tiny_base), tmp_path / "cache", precision="fp32")
+    served = ServedTask(schema=TASK, max_prompt_tokens=64, max_new_tokens=5)
+    inputs = [row["input"] for row in ROWS]
+    assert batch_tokens(base.model) > MAX_BATCH_TOKENS
+    together = answer_inputs(base.model, base.tokenizer, served, inputs)
+    monkeypatch.setattr("deal_core.evaluation.batches.batch_tokens", lambda model: 100)
+    apart = answer_inputs(base.model, base.tokenizer, served, inputs)
+    assert [answer.text for answer in apart] == [answer.text for answer in together]
+
+
+def test_a_batch_that_does_not_fit_into_the_memory_is_divided(tiny_base: Path, tmp_path: Path) -> None:
+    base = load_base(str(tiny_base), tmp_path / "cache")
+    free, _ = torch.cuda.mem_get_info()
+
+    def read(batch: list[int]) -> int:
+        torch.empty(len(batch) * free // 3, dtype=torch.uint8, device="cuda")
+        return len(batch)
+
+    found = [size for _, size in in_batches(base.model, [8] * 10, read)]
+    assert sum(found) == 10 and max(found) == 2
+
+
+def test_held_back_rows_choose_the_step_that_is_kept(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deal_core.config.MIN_VALIDATED", len(ROWS))
+    train = replace(STEPS, validation_share=0.25)
+    whole = run(tiny_base, tmp_path / "whole", None, train=train)
+    assert whole.kept_step in dict(whole.validation_losses)
+    with pytest.raises(InterruptedError):
+        run(tiny_base, tmp_path / "again", None, die_at=7, train=train)
+    resumed = run(tiny_base, tmp_path / "again", None, train=train)
+    assert dict(resumed.validation_losses) == pytest.approx(dict(whole.validation_losses), rel=2e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_ends_where_its_turn_ends(kind: str, tmp_path: Path) -> None:
+    build_turn_base(tmp_path / "base", KINDS[kind])
+    base = load_base(str(tmp_path / "base"), tmp_path / "cache", precision="fp32")
+    task = ServedTask(schema=TaskSchema(name="yes", format="chat"), max_prompt_tokens=64, max_new_tokens=8)
+    (answer,) = answer_inputs(
+        base.model, base.tokenizer, task, [json.dumps([{"role": "user", "content": "It barks ."}])]
+    )
+    assert answer.text == "yes" and not answer.is_cut
+
+
+def test_a_training_takes_about_the_memory_that_is_planned(tiny_base: Path, tmp_path: Path) -> None:
+    run(tiny_base, tmp_path / "first", None, train=replace(STEPS, max_steps=1))  # libraries take their memory once
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run(tiny_base, tmp_path / "second", None)
+    peak = torch.cuda.max_memory_allocated() - before
+    config = find_config(str(tiny_base), tmp_path / "cache").config
+    batch = BatchShape(num_rows=STEPS.batch_size, num_tokens=64, num_answer_tokens=4)
+    precision = precision_name("auto")
+    planned = plan_memory(
+        measure_model(config, ADAPTER),
+        measure_activations(config, ADAPTER, batch, precision, on_cpu=False),
+        batch,
+        MethodShape(rank=ADAPTER.rank, strategy="deal", method=MethodConfig(), is_first_task=True),
+        train=STEPS,
+        precision=precision,
+        on_cpu=False,
+    )
+    assert peak < 2 * planned.total, "small tensors take whole blocks of memory"
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
-def test_two_devices_give_the_losses_of_one(tiny_base, tmp_path):
+@pytest.mark.parametrize("shard", ["none", "base"])
+def test_two_devices_give_the_losses_of_one(shard, tiny_base, tmp_path):
     one = run(tiny_base, tmp_path / "one", None)
     rows_file = tmp_path / "rows.parquet"
     Dataset.from_list(ROWS).to_parquet(str(rows_file))
@@ -180,6 +289,7 @@ def test_two_devices_give_the_losses_of_one(tiny_base, tmp_path):
         rows_file=rows_file,
         output_folder=tmp_path / "two",
         checkpoint_folder=tmp_path / "two-checkpoints",
+        shard=shard,
     )
     two = run_in_processes(job, tmp_path / "ranks")
     assert [loss for _, loss in two.losses] == pytest.approx([loss for _, loss in one.losses], rel=2e-2)
