@@ -76,6 +76,7 @@ Shard = Literal["none", "base"]
 """base: each process keeps a part of the frozen base model, none: each keeps the whole."""
 Schedule = Literal["constant", "linear"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
+FLASH_ATTENTION = "flash_attention_2"
 MIN_VALIDATED = 200
 """Training rows from which on some are held back for validation."""
 NOT_DECIDING = ("num_processes", "attention", "padding_free", "torch_compile")

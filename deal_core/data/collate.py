@@ -15,6 +15,7 @@ from itertools import accumulate, chain, takewhile
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +23,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from deal_core.base_model.cpu_attention import MODEL_TYPES
 from deal_core.base_model.sharding import is_sharded
+from deal_core.config import FLASH_ATTENTION
 from deal_core.data.prompts import cut_prompt, encode_answer
 from deal_core.data.schema import TaskSchema
 from deal_core.limits import require
@@ -41,7 +43,10 @@ ANSWER_POSITIONS = "answer_positions"
 NOT_READ = ("labels", "prefix_ids", ANSWER_POSITIONS, REFERENCE_MARGINS)
 """Parts of a batch that the model is not called with; an encoder-decoder's decoder reads the labels."""
 MIN_PREFIX = 8
-"""Smallest number of common first tokens for which a shared prefix is computed once."""
+"""Smallest number of common first tokens for which a shared prefix is computed once on a CPU."""
+MIN_PREFIX_ON = {"cpu": MIN_PREFIX}
+LONG_PREFIX = 128
+"""The same on an accelerator, where one more pass over a few tokens would cost more than it saves."""
 
 
 class HasPrompt(Protocol):
@@ -96,7 +101,7 @@ def add_blank_row(encoded: Dataset) -> Dataset:
     return concatenate_datasets([encoded, Dataset.from_list([blank], features=encoded.features)])
 
 
-def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+def common_prefix(prompts: Sequence[Sequence[int]], at_least: int = MIN_PREFIX) -> int:
     """Return the number of first tokens that all prompts share and that are worth computing once; 0 if they are few.
 
     The last token of a prompt is never counted: its logits are the first token of the answer.
@@ -106,7 +111,7 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     listed = [list(prompt) for prompt in prompts]  # what the least and the greatest share, all between them share too
     same = takewhile(lambda pair: pair[0] == pair[1], zip(min(listed), max(listed), strict=False))
     shared = min(sum(1 for _ in same), min(map(len, prompts)) - 1)
-    return shared if shared >= MIN_PREFIX else 0
+    return shared if shared >= at_least else 0
 
 
 def read_cache(model: nn.Module, input_ids: Tensor) -> Cache | None:
@@ -144,6 +149,8 @@ class AnswerCollator:
     shares_prefix: bool = False
     """Whether the first tokens that all prompts of a batch share are given once, as `prefix_ids`. The other tensors
     then hold only what follows, but the mask counts the prefix."""
+    min_prefix: int = MIN_PREFIX
+    """Smallest number of such tokens."""
     is_padding_free: bool = False
     """Whether the rows stand behind one another in one line (1×ΣT). Each row's positions begin at 0, and the model does
     not attend from a row to another one."""
@@ -154,7 +161,7 @@ class AnswerCollator:
             return [list(rows)]
         by_start: dict[tuple[int, ...], list[Row]] = {}
         for row in rows:
-            by_start.setdefault(tuple(row.prompt_ids[:MIN_PREFIX]), []).append(row)
+            by_start.setdefault(tuple(row.prompt_ids[: self.min_prefix]), []).append(row)
         single = [row for group in by_start.values() if len(group) == 1 for row in group]
         return [*(group for group in by_start.values() if len(group) > 1), *([single] if single else [])]
 
@@ -171,7 +178,7 @@ class AnswerCollator:
         labels, _ = pad_batch(labels_of, IGNORED, side="left")
         if self.is_padding_free:
             return {**_in_one_line(prompts, answers), "labels": labels}
-        shared = common_prefix(prompts) if self.shares_prefix else 0
+        shared = common_prefix(prompts, self.min_prefix) if self.shares_prefix else 0
         tails = [p[shared:] + a for p, a in zip(prompts, answers, strict=True)]
         input_ids, mask = pad_batch(tails, pad_id, side="left")
         mask = torch.cat([mask.new_ones(len(prompts), shared), mask], dim=1)
@@ -214,9 +221,9 @@ def answer_collator(
 ) -> AnswerCollator:
     """Return the collator that makes a batch of rows for this model.
 
-    On a CPU, a prefix that rows share is computed once. An accelerator reads whole rows: one more pass over a few
-    tokens would cost more than it saves. With `reads_whole_rows` a CPU does so too: if activations are recomputed,
-    there is no cache to share. The processes of a sharded model share no prefix either: they must read equally often.
+    A prefix that rows share is computed once: on a CPU from MIN_PREFIX tokens on, on an accelerator from LONG_PREFIX.
+    With `reads_whole_rows` it is not: if activations are recomputed, there is no cache to share. The processes of a
+    sharded model share no prefix either, nor do several accelerators: they must read equally often.
 
     Raises:
         ConfigError: The model cannot read rows without padding.
@@ -230,12 +237,17 @@ def answer_collator(
         )
         return AnswerCollator(tokenizer, is_seq2seq=False, is_padding_free=True)
     reads_whole = is_seq2seq or reads_whole_rows or counts_padding(model) or is_sharded(model)
-    shares_prefix = not reads_whole and device.type == "cpu"
+    if device.type not in MIN_PREFIX_ON:
+        reads_whole = (
+            reads_whole or model.config._attn_implementation == FLASH_ATTENTION or PartialState().num_processes > 1
+        )
+    shares_prefix = not reads_whole
     if shares_prefix:
         with torch.no_grad():  # the model reads one token
             cache = read_cache(model, torch.zeros(1, 1, dtype=torch.long, device=device))
         shares_prefix = can_be_continued(cache)
-    return AnswerCollator(tokenizer, is_seq2seq=is_seq2seq, shares_prefix=shares_prefix)
+    min_prefix = MIN_PREFIX_ON.get(device.type, LONG_PREFIX)
+    return AnswerCollator(tokenizer, is_seq2seq=is_seq2seq, shares_prefix=shares_prefix, min_prefix=min_prefix)
 
 
 def answer_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:

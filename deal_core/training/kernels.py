@@ -10,10 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from deal_core.config import FLASH_ATTENTION
 from deal_core.errors import ConfigError
 from deal_core.limits import require
 
-FLASH = "flash_attention_2"
 BACKEND = "inductor"
 """What compiles; on a CPU it needs a C++ compiler."""
 
@@ -27,7 +27,7 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
     if name in ("auto", model.config._attn_implementation):
         return
     problem = f"train.attention is {name}"
-    if name == FLASH:
+    if name == FLASH_ATTENTION:
         dtype = next(model.parameters()).dtype
         require(torch.cuda.is_available(), f"{problem}, which needs a CUDA device; set it to auto on this machine.")
         require(dtype != torch.float32, f"{problem}, which has no fp32; set the precision to bf16, or it to auto.")

@@ -50,7 +50,7 @@ FUSED_ON = ("cuda",)
 """Devices on which a step of AdamW is one kernel."""
 APART_ON = ("cpu",)
 """Devices on which rehearsed rows are read apart from the new ones: there rows of one task share their prefix. Others
-read both at once, as a pass over a few rows takes about as long as one over many."""
+read both at once unless the new ones share a prefix: a pass over a few rows takes about as long as one over many."""
 
 
 def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_rows: int, rate: float) -> TrainingArguments:
@@ -124,7 +124,7 @@ class AdapterTrainer(Trainer):
             vars(self.model)["_is_accelerate_prepared"] = True  # else accelerate wraps it once more
         self.strategy = strategy
         self._rehearsal = strategy.rehearsal()
-        self._reads_apart = args.device.type in APART_ON
+        self._reads_apart = False
         self._objective = objective
         self._validation = validation
         self.remove_callback(PrinterCallback)
@@ -197,6 +197,7 @@ class AdapterTrainer(Trainer):
         The loss of rehearsed rows that are read with the batch is added.
         """
         rehearsal, share = self._rehearsal, None
+        self._reads_apart = self.args.device.type in APART_ON or "prefix_ids" in inputs
         if rehearsal is not None and not self._reads_apart and self.accelerator.sync_gradients:
             share = rehearsal.share(
                 self.state.global_step, rank=self.args.process_index, num_processes=self.args.world_size

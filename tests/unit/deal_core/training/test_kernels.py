@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounter
 from deal_core.adapter.state import attach_adapter
 from deal_core.base_model.load import BaseModel
 from deal_core.config import AdapterConfig, TrainConfig
+from deal_core.data import collate
 from deal_core.data.collate import AnswerCollator, add_blank_row, answer_collator, answer_loss, encode_rows
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
@@ -195,3 +196,30 @@ def test_preferences_with_rehearsed_rows_are_learned_the_same_in_one_pass(
     assert any("rehearsed" in note for note in apart.result.notes)
     monkeypatch.setattr(trainer, "APART_ON", ())
     assert train("deal", parent, **given).losses == pytest.approx(apart.losses, rel=1e-4)
+
+
+def test_an_accelerator_reads_a_long_prefix_once_and_learns_the_same(
+    base: BaseModel, train: Train, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rehearsed rows, whose instruction is short, are then read apart. A short prefix is read with each row."""
+    long = replace(NEXT, instruction="Which tone is meant? " * 30)
+    lengths: list[int] = []
+
+    def note(_: Any, args: Any, options: dict[str, Any]) -> None:
+        if base.model.training:
+            lengths.append(options["input_ids"].shape[1])
+
+    def learned(task: TaskSchema, **change: Any) -> tuple[list[float], list[int]]:
+        lengths.clear()
+        steps = replace(STEPS, max_prompt_tokens=400, **change)
+        return train("deal", parent, task=task, old_tasks=(TASK,), train=steps).losses, list(lengths)
+
+    whole, _ = learned(long, gradient_checkpointing=True)
+    monkeypatch.setattr(collate, "MIN_PREFIX_ON", {})
+    monkeypatch.setattr(trainer, "APART_ON", ())
+    with base.model.model.register_forward_pre_hook(note, with_kwargs=True):
+        found, passes = learned(long)
+        _, short = learned(NEXT)
+    assert found == pytest.approx(whole, rel=1e-4)
+    assert sum(length >= collate.LONG_PREFIX for length in passes) == STEPS.max_steps and len(passes) == 3 * len(found)
+    assert len(short) == STEPS.max_steps, "one pass for all rows of a step"
