@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from datasets import Dataset
@@ -68,7 +69,9 @@ def measure(
     """
     limits = {"max_prompt_tokens": max_prompt_tokens, "max_answer_tokens": max_answer_tokens}
     figures_N4 = torch.zeros(len(rows), 4, dtype=torch.float64)
-    for places, figures_B4 in _read_rows(model, tokenizer, task, rows, _figures, num_bytes=12, **limits):
+    for places, figures_B4 in _read_rows(
+        model, tokenizer, task, rows, partial(_figures, model), num_bytes=12, **limits
+    ):
         figures_N4[places] = figures_B4.cpu()
         if on_progress is not None:
             on_progress(len(places))
@@ -83,7 +86,7 @@ def _read_rows(
     tokenizer: PreTrainedTokenizerBase,
     task: TaskSchema,
     rows: Dataset,
-    read: Callable[[LanguageModel, Mapping[str, Tensor]], Tensor],
+    read: Callable[[Mapping[str, Tensor]], Tensor],
     *,
     num_bytes: int,
     **limits: int,
@@ -94,7 +97,7 @@ def _read_rows(
 
     def read_batch(batch: list[int]) -> Tensor:
         collated = collate([encoded[i] for i in batch])
-        return read(model, {name: value.to(device_of(model)) for name, value in collated.items()})
+        return read({name: value.to(device_of(model)) for name, value in collated.items()})
 
     for start in range(0, len(rows), CHUNK_ROWS):
         chunk = rows[start : start + CHUNK_ROWS]
@@ -139,7 +142,9 @@ def divergence_from_base(
     first = rows.select(range(min(len(rows), DIVERGENCE_ROWS)))
     tokens = [
         divergence_K
-        for _, divergence_K in _read_rows(model, tokenizer, task.schema, first, _divergences, num_bytes=24, **limits)
+        for _, divergence_K in _read_rows(
+            model, tokenizer, task.schema, first, partial(_divergences, model), num_bytes=24, **limits
+        )
     ]
     mean = float(torch.cat(tokens).mean()) if tokens else 0.0
     return mean if math.isfinite(mean) else None
