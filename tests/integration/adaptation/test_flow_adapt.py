@@ -115,7 +115,7 @@ def test_the_loss_of_rows_that_are_held_back_is_in_mlflow_and_on_the_page(
     points, kept = report.training.validation_losses, report.training.kept_step
     assert [step for step, _ in points] == [2, 4, 6], "54 rows are learned: twice in four steps, and after the last one"
     assert kept == min(points, key=lambda point: point[1])[0]
-    assert f"Step {kept} is kept" in page and "held-back rows" in page
+    assert f"Step {kept} is kept" in page and "rows that were held back" in page
     tracked = in_mlflow("l", result.run_key)
     history = tracked.client.get_metric_history(tracked.run_id, "train/validation_loss")
     assert {point.step: point.value for point in history} == pytest.approx(dict(points))
