@@ -10,6 +10,11 @@ from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+FP32_ON = ("cpu",)
+"""Devices on which a training computes the products in fp32, whatever the base model's type.
+
+This project's figures were measured so. A step on a CPU takes 5 % longer for it."""
+
 
 class _CastFactor(nn.Linear):
     """A factor that takes the type of its input for a product. The gradient comes back in the type of the weight."""

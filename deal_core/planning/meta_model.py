@@ -7,6 +7,7 @@ build can be measured, without formulas for each.
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -85,8 +86,9 @@ def measure_activations(
         ConfigError: The model's forward pass reads the content of its tensors, as some mixtures of experts do. Then
             only its weights can be measured, not its activations.
     """
-    name = PRODUCTS if on_cpu and config.model_type in attention.MODEL_TYPES else FUSED
-    two, three = (_kept_bytes(_with_layers(config, count), adapter, batch, precision, name) for count in (2, 3))
+    two, three = (
+        _kept_bytes(_with_layers(config, count), adapter, batch, precision, on_cpu=on_cpu) for count in (2, 3)
+    )
     layer = three - two
     width = DTYPES[precision].itemsize * _size(config.get_text_config(), "hidden_size")
     num_stacks = 2 if getattr(config, "is_encoder_decoder", False) else 1
@@ -138,12 +140,13 @@ def _with_layers(config: Any, count: int) -> Any:
     return shallow
 
 
-def _kept_bytes(config: Any, adapter: AdapterConfig, batch: BatchShape, precision: str, attention_name: str) -> int:
+def _kept_bytes(config: Any, adapter: AdapterConfig, batch: BatchShape, precision: str, *, on_cpu: bool) -> int:
     """Bytes of all tensors that autograd saves in one forward pass, without the model's own tensors."""
     for name in (FUSED, PRODUCTS):
         AttentionInterface.register(name, partial(_attend, is_fused=name == FUSED))
         AttentionMaskInterface.register(name, sdpa_mask)
     seq2seq = bool(getattr(config, "is_encoder_decoder", False))
+    attention_name = PRODUCTS if on_cpu and config.model_type in attention.MODEL_TYPES else FUSED
     options = {} if seq2seq else {"attn_implementation": attention_name}
     model = _empty_model(config, precision, **options)
     saved: dict[int, Tensor] = {}
@@ -156,7 +159,8 @@ def _kept_bytes(config: Any, adapter: AdapterConfig, batch: BatchShape, precisio
             return tensor
 
         try:
-            with base_precision(adapted), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            products = nullcontext() if on_cpu else base_precision(adapted)
+            with products, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 answer_loss(adapted, _empty_batch(batch, is_seq2seq=seq2seq))
         except Exception as error:  # an architecture may do anything with the content of its tensors
             raise ConfigError(

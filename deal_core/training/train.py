@@ -12,8 +12,9 @@ from pathlib import Path
 from datasets import Dataset, concatenate_datasets
 
 from deal_core.adapter.files import MethodState
-from deal_core.adapter.precision import base_precision
+from deal_core.adapter.precision import FP32_ON, base_precision
 from deal_core.adapter.state import adapter_fill, attach_adapter, load_adapter, load_method_state, save_adapter
+from deal_core.base_model.language_model import device_of
 from deal_core.base_model.load import BaseModel
 from deal_core.base_model.sharding import shard_base
 from deal_core.config import MIN_VALIDATED, AdapterConfig, Shard, TrainConfig
@@ -211,7 +212,8 @@ def train_adapter(
         with trainer.accelerator.main_process_first():  # it removes incomplete checkpoints
             checkpoint = find_checkpoint(checkpoint_folder)
         started = time.perf_counter()
-        with base_precision(model), compiled_layers(base.model) if train.torch_compile else nullcontext():
+        products = nullcontext() if device_of(base.model).type in FP32_ON else base_precision(model)
+        with products, compiled_layers(base.model) if train.torch_compile else nullcontext():
             trainer.run(checkpoint)
         seconds = time.perf_counter() - started
         state = replace(learner.finish(), num_arrivals=learner.num_arrivals + 1)

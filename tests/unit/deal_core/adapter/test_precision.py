@@ -67,7 +67,10 @@ def test_a_layer_keeps_its_input_as_it_is_and_gradients_are_fp32(base: BaseModel
     assert torch.equal(step(model)[0], usual_logits), "nothing stays on the model"
 
 
-def test_a_training_on_a_base_in_bf16_computes_its_adapter_in_bf16(base: BaseModel, train: Train) -> None:
+def test_a_training_on_a_base_in_bf16_computes_its_adapter_in_bf16(
+    base: BaseModel, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deal_core.training.train.FP32_ON", ())
     expected = train("deal", train=SHORT).losses
     base.model.to(torch.bfloat16)
     types = set[torch.dtype]()
