@@ -13,7 +13,8 @@ from torch import Tensor, nn
 FP32_ON = ("cpu",)
 """Devices on which a training computes the products in fp32, whatever the base model's type.
 
-This project's figures were measured so. A step on a CPU takes 5 % longer for it."""
+This project's figures were measured so. A step on a CPU takes 5 % longer for it.
+"""
 
 
 class _CastFactor(nn.Linear):

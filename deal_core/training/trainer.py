@@ -143,7 +143,7 @@ class AdapterTrainer(Trainer):
         if self._validation is not None:
             until = 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
             earlier = [figures for figures in self._steps.read() if figures["step"] <= until]
-            losses = [(int(each["step"]), each[VALIDATION_LOSS]) for each in earlier if VALIDATION_LOSS in each]
+            losses = [(int(step["step"]), step[VALIDATION_LOSS]) for step in earlier if VALIDATION_LOSS in step]
             self._validation.resume(checkpoint, losses)
         try:
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -39,7 +39,7 @@ def test_the_schema_of_a_spec_is_that_of_the_settings() -> None:
     Draft202012Validator.check_schema(schema)
     strategy = Draft202012Validator(schema["properties"]["strategy"])
     assert strategy.is_valid("deal") and strategy.is_valid("one_of_another_package")
-    assert "Passes over" in schema["$defs"]["TrainConfig"]["properties"]["num_epochs"]["description"]
+    assert "Passes over the training rows" in schema["$defs"]["TrainConfig"]["properties"]["num_epochs"]["description"]
 
 
 def silent(deal: Session) -> None: ...

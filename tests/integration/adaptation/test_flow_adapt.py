@@ -138,7 +138,10 @@ def test_the_next_arrival_continues_the_champion_and_every_task_is_judged(
     assert None not in matrix.base
     assert record.tasks[0].test_uris[0] == first.dataset.uri
     findings = json.loads(current_store().get_bytes(f"adapters/l/{second.run_key[:16]}/findings.json"))
-    assert "rehearsed 18 rows of one old task, 4 a step" in findings["evaluation"]["notes"]
+    assert findings["evaluation"]["notes"][:2] == [
+        "settings that differ from version 1's: gate.max_drop_points 1.0 (before: 100.0)",
+        "rehearsed 18 rows of one old task, 4 a step",
+    ]
     assert second.scores is not None and second.scores.forgetting is not None
     assert first.unsure == (), "a first version has no old task"
     assert second.unsure, "too few rows judged bank for this limit; without being asked, the version only says so"

@@ -13,7 +13,7 @@ from deal_core.method_config import MethodConfig, SelectionConfig
 
 
 def test_a_cell_says_every_setting_that_decides_its_result() -> None:
-    said = made("deal", MethodConfig()).to_json()
+    said = cell_of("deal", MethodConfig()).to_json()
     assert said["schema_version"] == 3 and said["revision"] == revision_of("deal")
     fields = {*said["train"], *NOT_DECIDING, "validation_share"}  # 0 is not said, so cells of before are found
     assert fields == {*asdict(TrainConfig())}
@@ -22,7 +22,7 @@ def test_a_cell_says_every_setting_that_decides_its_result() -> None:
 
 
 def test_cells_that_differ_in_prompts_or_scoring_share_no_file_and_no_first_version() -> None:
-    plain = made("seq_lora", MethodConfig())
+    plain = cell_of("seq_lora", MethodConfig())
     for other in (replace(plain, prompt="chat"), replace(plain, scoring="likeliest")):
         assert plain.digest() != other.digest()
         assert None is not plain.shared_digest() != other.shared_digest() is not None
@@ -30,7 +30,7 @@ def test_cells_that_differ_in_prompts_or_scoring_share_no_file_and_no_first_vers
     assert plain.digest() != unused.digest() and plain.shared_digest() == unused.shared_digest()
 
 
-def made(strategy: str, method: MethodConfig) -> Cell:
+def cell_of(strategy: str, method: MethodConfig) -> Cell:
     return make_cell(
         strategy,
         ("a", "b"),
@@ -52,7 +52,7 @@ SELECTING = MethodConfig(selection=SelectionConfig(keep=0.3, score="loss"))
 
 @pytest.mark.parametrize("strategy", ["deal", "seq_lora", "replay"])
 def test_a_selecting_cell_is_another_cell_and_shares_no_first_version(strategy: str) -> None:
-    plain, selecting = made(strategy, MethodConfig()), made(strategy, SELECTING)
+    plain, selecting = cell_of(strategy, MethodConfig()), cell_of(strategy, SELECTING)
     assert not any(name.startswith("selection.") for name in plain.method)
     assert plain.digest() != selecting.digest()
     assert selecting.method["selection.keep"] == 0.3 and selecting.shared_digest() is None
@@ -61,4 +61,4 @@ def test_a_selecting_cell_is_another_cell_and_shares_no_first_version(strategy: 
 
 
 def test_a_bound_selects_nothing_and_keeps_its_digest() -> None:
-    assert made("joint", SELECTING).digest() == made("joint", MethodConfig()).digest()
+    assert cell_of("joint", SELECTING).digest() == cell_of("joint", MethodConfig()).digest()

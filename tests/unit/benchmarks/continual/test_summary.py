@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import pytest
 
-from benchmarks.continual.cell import SCHEMA_VERSION, Cell, make_cell, revision_of
+from benchmarks.continual.cell import SCHEMA_VERSION, revision_of
 from benchmarks.continual.summary import departures, matrix_of, read_cells, summarise, tables
-from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.errors import DataValidationError
 from deal_core.method_config import MethodConfig
 from deal_core.strategies.seq_lora import SeqLora
+from tests.unit.benchmarks.continual.test_cell import cell_of
 
 
 def made(strategy: str, bits: list[dict[str, str]], **settings: Any) -> dict[str, Any]:
@@ -129,22 +130,7 @@ def test_a_cell_of_a_strategy_that_is_not_installed_is_read_with_all_of_its_sett
 
 
 def test_a_strategy_that_gives_other_results_than_before_has_cells_of_its_own(monkeypatch):
-    def cell() -> Cell:
-        return make_cell(
-            "seq_lora",
-            ("a", "b"),
-            method=MethodConfig(),
-            seed=0,
-            train=TrainConfig(),
-            rows=8,
-            part="dev",
-            max_test_rows=None,
-            scored="all",
-            adapter=AdapterConfig(),
-            base="b",
-            data="d",
-        )
-
+    cell = partial(cell_of, "seq_lora", MethodConfig())
     before, shared_before = cell().file_name, cell().shared_digest()
     monkeypatch.setattr(SeqLora, "revision", 2)
     assert cell().file_name != before and cell().shared_digest() != shared_before
