@@ -30,7 +30,7 @@ from benchmarks.output import Base
 from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.method_config import MethodConfig
-from flows.cli.console import heading, interval, new_table, points
+from deal_pipeline.cli.console import heading, interval, new_table, points
 from tasks.adaptation.run import identify_base
 
 LOOK_SECONDS = 2.0

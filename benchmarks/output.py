@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from deal_core.base_model.device import describe_machine
 
-DEAL = (sys.executable, "-c", "from flows.cli.app import main; main()")
+DEAL = (sys.executable, "-c", "from deal_pipeline.cli.app import main; main()")
 """`deal` without being installed: what this checkout says."""
 RESULTS = Path("benchmarks/results")
 

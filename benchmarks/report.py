@@ -36,7 +36,7 @@ from benchmarks.tables import (
 )
 from deal_core.config import TrainConfig
 from deal_core.judging_config import GateConfig
-from flows.cli.console import interval, points
+from deal_pipeline.cli.console import interval, points
 
 OURS_WITHOUT, OURS_WITH_TESTS, OURS_WITH_ROWS = (method_name(OURS, name_of_memory(each)) for each in get_args(Memory))
 CHOSEN_BY = ("joint", "seq_lora", OURS_WITH_ROWS)

@@ -28,7 +28,7 @@ import yaml
 from benchmarks.output import DEAL, RESULTS, Base, Out, bare_environment, read, templates, write_result
 from benchmarks.year_rows import DEPARTMENTS, INSTRUCTION, TASKS, messages, with_wrong_labels
 from deal_core.base_model.sources import DEFAULT_BASE
-from flows.cli.console import STAGES
+from deal_pipeline.cli.console import STAGES
 from infra.report.figures import COLOURS, MARKERS, MUTED, new_figure, save_png, spread, tidy
 
 LINEAGE = "city"

@@ -16,7 +16,7 @@ from contextlib import suppress
 from itertools import takewhile
 from typing import IO, Any
 
-COMMAND = (sys.executable, "-P", "-c", "from flows.cli.app import main; main()")
+COMMAND = (sys.executable, "-P", "-c", "from deal_pipeline.cli.app import main; main()")
 """The command `deal` of this Python environment, whatever PATH says. With -P, folders of the caller's working folder
 that are named like the project's packages are not imported."""
 REJECTED = 3

@@ -1,4 +1,4 @@
-"""The flows and the commands. Importing any of them masks secrets in what the process logs, on a worker too."""
+"""The flows. Importing any of them masks secrets in what the process logs, on a worker too."""
 
 from infra.logs import mask_logs
 

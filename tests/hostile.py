@@ -96,7 +96,7 @@ def run_cases(cases: Iterable[Case], folder: Path) -> list[Found]:
 
 
 def _validate(file: str, spec: str | None, task: str) -> int:
-    from flows.cli.check import show_validation
+    from deal_pipeline.cli.check import show_validation
     from tasks.validate import spec_to_check, validate
 
     outcome = validate(*spec_to_check(Path(file), spec=Path(spec) if spec else None, task=task))

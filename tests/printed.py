@@ -52,7 +52,7 @@ def closed(schema: Any) -> Any:
 
 def check_commands_of_this_process() -> None:
     """Check what every command prints that runs in this process from now on, also without --json."""
-    from flows.cli import session
+    from deal_pipeline.cli import session
 
     show, tell = session.Session.show, session.Events.tell
 
@@ -68,7 +68,7 @@ def check_commands_of_this_process() -> None:
 
 
 def _require_running(value: Any) -> None:
-    from flows.cli.session import as_plain
+    from deal_pipeline.cli.session import as_plain
 
     if command := running_command():
         require_described(command, json.loads(json.dumps(as_plain(value))))

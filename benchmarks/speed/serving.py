@@ -322,7 +322,7 @@ def learned_home(base: str, precision: str, **train: Any) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="deal-serving-") as folder:
         for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "DEAL_STORE_URI"):
             os.environ.pop(name, None)
-        from flows.server.embedded import calm_libraries, enter_home
+        from deal_pipeline.server.embedded import calm_libraries, enter_home
 
         enter_home(Path(folder) / "home")
         os.environ["DEAL_SERVING_PRECISION"] = precision

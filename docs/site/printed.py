@@ -21,9 +21,9 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
+from deal_pipeline.cli.app import app
+from deal_pipeline.cli.session import CommandResult, Events
 from docs.site.docstrings import docstring_of
-from flows.cli.app import app
-from flows.cli.session import CommandResult, Events
 
 JSON_WORDS = {"None": "null", "True": "true", "False": "false"}
 

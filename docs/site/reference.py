@@ -16,9 +16,9 @@ from typer.cli import get_docs_for_click
 from deal_core.evaluation import metrics
 from deal_core.general import suites
 from deal_core.strategies import OWN
+from deal_pipeline.cli.app import app
 from docs.site.docstrings import docstring_of, docstring_of_constant
 from docs.site.printed import json_schemas
-from flows.cli.app import app
 from infra import settings as environment
 from tasks.lineage.consolidation import ConsolidatePolicy
 from tasks.lineage.retrain import RetrainPolicy

@@ -14,7 +14,7 @@ from benchmarks.output import bare_environment
 from tests.printed import command_of, require_described
 
 ROOT = Path(__file__).parents[2]
-DEAL = (sys.executable, "-c", "from flows.cli.app import main; main()")
+DEAL = (sys.executable, "-c", "from deal_pipeline.cli.app import main; main()")
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from flows.cli.app import app
+from deal_pipeline.cli.app import app
 from tests.e2e.command import DEAL
 from tests.in_process import put_back
 

@@ -123,7 +123,7 @@ def deployed(prefect_api: None, home: Path) -> Iterator[Path]:
     """A home whose deployments are on the tests' Prefect server."""
     from prefect.client.orchestration import get_client
 
-    from flows.server.deploy import CPU_POOL, GPU_POOL, deploy_all
+    from deal_pipeline.server.deploy import CPU_POOL, GPU_POOL, deploy_all
 
     async def clear() -> None:
         async with get_client() as client:

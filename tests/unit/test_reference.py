@@ -10,10 +10,10 @@ import pytest
 from jsonschema import Draft202012Validator
 from typer.main import get_command
 
+from deal_pipeline.cli.app import app
+from deal_pipeline.cli.session import CommandResult, Events, Session
 from docs.site.printed import printed_by, schema_of
 from docs.site.reference import spec_schema
-from flows.cli.app import app
-from flows.cli.session import CommandResult, Events, Session
 from tasks.spec import SPEC_SCHEMA
 from tests.printed import command_of, commands, require_described
 

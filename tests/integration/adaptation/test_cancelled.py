@@ -15,11 +15,11 @@ from prefect.states import Cancelled, Cancelling, Completed, Crashed, Failed, St
 from typer.testing import CliRunner
 
 from deal_core.errors import ConfigError
-from flows.cli.app import app
+from deal_pipeline.cli.app import app
+from deal_pipeline.server.status import read_status
 from flows.lock import lock_lineage
 from flows.requeue import requeue
 from flows.sensor import watch_inbox
-from flows.server.status import read_status
 from flows.watch import adapt_landed
 from infra.lineage_state import Batch, read_ended, read_state
 from tasks.arrivals import HeldArrival, release

@@ -19,12 +19,12 @@ import tasks.adaptation.train
 from deal_core.adapter.state import load_method_state
 from deal_core.errors import ConfigError
 from deal_core.strategies.kept_rows import sizes_of
+from deal_pipeline.cli.app import app
+from deal_pipeline.server.status import read_status
 from flows.adapt import AdaptResult
-from flows.cli.app import app
 from flows.consolidate import consolidate, plan
 from flows.forget import forget, plan_forget
 from flows.requeue import requeue
-from flows.server.status import read_status
 from flows.watch import WatchResult, watch
 from infra.run_journal import RunJournal
 from infra.versions import Version, Versions

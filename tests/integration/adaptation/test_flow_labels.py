@@ -13,7 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
-from flows.cli.app import app
+from deal_pipeline.cli.app import app
 from flows.forget import forget
 from infra.versions import Versions
 from tasks import scorer

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from deal_core.evaluation.metrics import MODULES_VARIABLE
-from flows.cli.check import show_validation
-from flows.cli.console import show_adaptation
+from deal_pipeline.cli.check import show_validation
+from deal_pipeline.cli.console import show_adaptation
 from tasks.context import current_store
 from tasks.lineage.frozen_rows import read_answers
 from tasks.validate import spec_to_check, validate

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from deal_pipeline.cli.app import app
 from flows.adapt import AdaptResult
-from flows.cli.app import app
 from flows.forget import forget
 from tasks.context import current_store
 from tasks.lineage.frozen_rows import read_answers

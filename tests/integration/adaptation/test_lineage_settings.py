@@ -15,9 +15,9 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
+from deal_pipeline.cli.app import app
+from deal_pipeline.cli.session import FAILED, STOPPED, WRONG_USE
 from flows.adapt import adapt
-from flows.cli.app import app
-from flows.cli.session import FAILED, STOPPED, WRONG_USE
 from infra.lineage_state import read_ended
 from infra.versions import Versions
 from tasks.adaptation.resume import read_findings

@@ -18,8 +18,8 @@ import tasks.adaptation.gate
 from deal_core.data.rows import stored_input_digest
 from deal_core.errors import ConfigError, RegistryError
 from deal_core.evaluation.gate import FailedCheck, GateDecision
+from deal_pipeline.cli.app import app
 from flows.branch import give_up
-from flows.cli.app import app
 from flows.lock import lock_lineage
 from flows.relearn import plan_relearn
 from flows.requeue import requeue

@@ -41,7 +41,7 @@ SEEDS = (0, 1, 7, 8)
 DEAL = (
     sys.executable,
     "-c",
-    "import infra.log_batches; infra.log_batches.BATCH_SECONDS = 1.0; from flows.cli.app import main; main()",
+    "import infra.log_batches; infra.log_batches.BATCH_SECONDS = 1.0; from deal_pipeline.cli.app import main; main()",
 )
 """`deal`, whose servers store what they answered every second. A deletion waits for two of these pauses, twice."""
 NUM_TEXTS = 3

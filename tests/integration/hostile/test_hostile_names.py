@@ -37,7 +37,7 @@ def files(tmp_path: Path) -> Iterator[Path]:
 
 
 def run(*arguments: object) -> Result:
-    from flows.cli.app import app
+    from deal_pipeline.cli.app import app
 
     with put_back():
         return CliRunner().invoke(app, [str(argument) for argument in arguments])

@@ -26,8 +26,8 @@ import yaml
 from typer.testing import CliRunner
 
 from deal_core.errors import ConfigError, DealError
-from flows.cli.app import app
-from flows.server.status import _unusable_files
+from deal_pipeline.cli.app import app
+from deal_pipeline.server.status import _unusable_files
 from infra.store.base import ObjectStore
 from infra.store.local import open_store
 from tasks.data_files import local_files

@@ -17,10 +17,10 @@ from prefect.states import Scheduled
 from typer.testing import CliRunner
 
 from deal_core.errors import ConfigError, RegistryError
-from flows.cli.app import app
+from deal_pipeline.cli.app import app
+from deal_pipeline.server.deploy import _require_own, deploy_all
+from deal_pipeline.server.status import NEWEST, ServerRuns, read_server
 from flows.promote import decide, reject
-from flows.server.deploy import _require_own, deploy_all
-from flows.server.status import NEWEST, ServerRuns, read_server
 from infra.promotions import Move, PromotionLog
 from infra.versions import Versions
 from tasks.context import current_store

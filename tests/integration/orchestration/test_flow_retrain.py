@@ -22,9 +22,9 @@ from typer.testing import CliRunner
 
 import tasks.arrivals
 from benchmarks.tiny_base import NO_LIMITS
-from flows.cli.app import app
+from deal_pipeline.cli.app import app
+from deal_pipeline.server.status import read_status
 from flows.sensor import retrain
-from flows.server.status import read_status
 from flows.watch import WatchResult, adapt_landed, watch
 from infra.launch import launch_job
 from infra.lineage_state import read_state

@@ -7,8 +7,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from flows.server.local_processes import LocalStack, start_part, stop
-from flows.server.local_stack import _wait_for_servers, server_commands
+from deal_pipeline.server.local_processes import LocalStack, start_part, stop
+from deal_pipeline.server.local_stack import _wait_for_servers, server_commands
 from infra.settings import TrackingSettings
 
 

@@ -14,11 +14,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-import flows.cli.demo
+import deal_pipeline.cli.demo
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from deal_core.errors import StoreError, TrainingDivergedError
-from flows.cli.app import app
-from flows.server.status import read_status
+from deal_pipeline.cli.app import app
+from deal_pipeline.server.status import read_status
 from flows.watch import WatchResult, watch
 from infra.store.base import ObjectStore
 from infra.versions import Versions
@@ -358,10 +358,10 @@ def test_no_gate_stops_the_lineage_that_the_demo_compares_with(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the picture lacks it: what a gate rejects is not continued, and two matrices have other tasks."""
-    monkeypatch.setattr(flows.cli.demo, "ORDER", ("bank",))
+    monkeypatch.setattr(deal_pipeline.cli.demo, "ORDER", ("bank",))
     examples = short_demo(tmp_path / "examples", ("bank",), {**NO_LIMITS, "min_accuracy": 1.0})
     result = asyncio.run(
-        flows.cli.demo.run_demo(
+        deal_pipeline.cli.demo.run_demo(
             picture=tmp_path / "demo.png", compare=True, base_model=str(tiny_base), examples=examples
         )
     )
@@ -374,12 +374,12 @@ def test_the_demo_compares_two_lineages_on_the_same_arrivals(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     picture = tmp_path / "pictures" / "demo.png"
-    monkeypatch.setattr(flows.cli.demo, "ORDER", ("bank", "parcels"))
-    examples = short_demo(tmp_path / "examples", flows.cli.demo.ORDER, NO_LIMITS)
+    monkeypatch.setattr(deal_pipeline.cli.demo, "ORDER", ("bank", "parcels"))
+    examples = short_demo(tmp_path / "examples", deal_pipeline.cli.demo.ORDER, NO_LIMITS)
 
-    def demo() -> flows.cli.demo.DemoResult:
+    def demo() -> deal_pipeline.cli.demo.DemoResult:
         return asyncio.run(
-            flows.cli.demo.run_demo(picture=picture, compare=True, base_model=str(tiny_base), examples=examples)
+            deal_pipeline.cli.demo.run_demo(picture=picture, compare=True, base_model=str(tiny_base), examples=examples)
         )
 
     result = demo()

@@ -187,7 +187,7 @@ def test_a_run_that_finds_its_lineage_at_work_ends_at_once(home: Path, tiny_base
 
 
 def test_the_server_carries_the_automations_once() -> None:
-    from flows.server.automations import PROCESS_NEVER_BEGAN, apply_automations, automations
+    from deal_pipeline.server.automations import PROCESS_NEVER_BEGAN, apply_automations, automations
 
     async def twice() -> list[str]:
         async with get_client() as client:

@@ -19,8 +19,8 @@ from prefect.settings import get_current_settings
 from prefect.states import Crashed
 
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
+from deal_pipeline.server.status import read_status
 from flows.sensor import watch_inbox
-from flows.server.status import read_status
 from flows.watch import watch
 from infra.lineage_state import read_state
 from infra.promotions import PromotionLog
@@ -47,7 +47,7 @@ def place_and_die(part, target, **options):
 infra.store.local._place = place_and_die
 """
 """A process dies as soon as it has written a file whose path and text match two patterns."""
-WATCH = "from flows.cli.app import main; main()"
+WATCH = "from deal_pipeline.cli.app import main; main()"
 SENSOR = "import asyncio, flows.sensor; asyncio.run(flows.sensor.watch_inbox(for_seconds=600, poll_seconds=0.05))"
 RUN = "import runpy; runpy.run_module('prefect.engine', run_name='__main__')"
 STATE = r"/lineages/l\.state\.json$"

@@ -45,7 +45,7 @@ HARMLESS = {
 """Settings with texts that are no secrets and no addresses."""
 RUN = """
 import json, os, sys
-from flows.cli.app import app
+from deal_pipeline.cli.app import app
 from infra import webhook
 
 webhook.MAX_PAUSE_SECONDS = 0.01

@@ -95,7 +95,7 @@ assert "matplotlib was not installed where this page was written" in page and "<
     ("command", "remedy"), [("demo", "pip install matplotlib"), ("server up", "pip install mlflow")]
 )
 def test_what_needs_a_part_says_which(command: str, remedy: str, tmp_path: Path) -> None:
-    done = python_without_them(tmp_path, "-c", "from flows.cli import main; main()", *command.split())
+    done = python_without_them(tmp_path, "-c", "from deal_pipeline.cli import main; main()", *command.split())
     assert done.returncode == 2 and remedy in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
@@ -103,5 +103,5 @@ def test_what_needs_a_part_says_which(command: str, remedy: str, tmp_path: Path)
 def test_a_worker_learns_a_file_and_makes_a_version(tmp_path: Path, tiny_base: Path) -> None:
     spec = {"lineage": "l", "base_model": str(tiny_base), "task": BANK, "gate": PASS, "train": {"max_steps": 2}}
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
-    done = python_without_them(tmp_path, "-c", "from flows.cli import main; main()", "adapt", "spec.yaml")
+    done = python_without_them(tmp_path, "-c", "from deal_pipeline.cli import main; main()", "adapt", "spec.yaml")
     assert done.returncode == 0 and "Version 1 of l is champion." in done.stdout, done.stdout + done.stderr

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[3]
 BANK = EXAMPLES / "bank"
 RUN = """
 import contextlib, io, json, sys
-from flows.cli.app import main
+from deal_pipeline.cli.app import main
 for words in json.loads(sys.argv[1]):
     sys.argv[1:] = words
     with contextlib.redirect_stdout(io.StringIO()):

@@ -15,7 +15,7 @@ from benchmarks.tiny_base import EXAMPLES
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.errors import ConfigError
 from deal_core.method_config import MethodConfig
-from flows.cli.app import app
+from deal_pipeline.cli.app import app
 from tasks.base import refuse_what_cannot_fit
 from tests.in_process import put_back
 

@@ -20,7 +20,7 @@ import typer.main
 from deal_core.config import TrainConfig
 from deal_core.judging_config import GateConfig
 from deal_core.method_config import SelectionConfig
-from flows.cli.app import app
+from deal_pipeline.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[3]
 COMMAND_BLOCK = re.compile(r"^ *```sh\n(.*?)^ *```", re.MULTILINE | re.DOTALL)

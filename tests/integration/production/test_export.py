@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from deal_core.adapter.files import CONFIG_FILE, WEIGHTS_FILE
 from deal_core.errors import ConfigError, IntegrityError, RegistryError
 from deal_core.evaluation.answering import read_served
-from flows.cli.app import app
+from deal_pipeline.cli.app import app
 from flows.forget import forget
 from infra.settings import EngineSettings
 from infra.store.keys import export_folder

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from deal_core.data.rows import stored_input_digest
 from deal_core.errors import ConfigError
 from deal_core.judging_config import DriftLimits
+from deal_pipeline.cli.app import app
 from flows.champions import evaluate, monitor, monitor_lineages
-from flows.cli.app import app
 from flows.forget import forget
 from infra.lineage_state import read_state
 from infra.run_journal import RunJournal

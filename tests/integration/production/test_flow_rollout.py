@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from deal_core.errors import RegistryError
 from deal_core.judging_config import RolloutTerms
+from deal_pipeline.cli.app import app
 from flows.champions import abort_rollout, check_rollout, finish_rollout
-from flows.cli.app import app
 from flows.promote import decide
 from infra.promotions import PromotionLog
 from infra.versions import Version, Versions

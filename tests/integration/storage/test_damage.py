@@ -16,8 +16,8 @@ import pytest
 from typer.testing import CliRunner
 
 from deal_core.errors import DealError, IntegrityError, StoreError
-from flows.cli.app import app
-from flows.server.status import Status, read_status
+from deal_pipeline.cli.app import app
+from deal_pipeline.server.status import Status, read_status
 from infra.run_journal import RunJournal
 from infra.versions import Versions
 from tasks.context import current_store

@@ -29,7 +29,7 @@ import io, json, os, shutil, subprocess, sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from flows.cli.app import app
+from deal_pipeline.cli.app import app
 
 given = json.load(sys.stdin)
 place = Path(given["place"])

@@ -14,8 +14,8 @@ from filelock import FileLock
 from typer.testing import CliRunner
 
 from deal_core.errors import ConfigError, DealError, RegistryError
+from deal_pipeline.cli.app import app
 from flows.adapt import AdaptResult
-from flows.cli.app import app
 from infra.predictions import read_feedback, read_predictions
 from infra.store.keys import log_key
 from infra.versions import Versions

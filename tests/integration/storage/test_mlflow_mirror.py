@@ -15,10 +15,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from flows.cli.app import app
+from deal_pipeline.cli.app import app
+from deal_pipeline.server.status import read_status
 from flows.forget import forget
 from flows.mlflow import sync_mlflow
-from flows.server.status import read_status
 from infra.mirror_note import waiting
 from infra.promotions import PromotionLog
 from infra.settings import TrackingSettings

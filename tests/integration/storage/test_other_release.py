@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from flows.cli.app import app
+from deal_pipeline.cli.app import app
 from infra.store.base import ObjectStore
 from infra.store.format import FORMAT, FormatError
 from infra.store.local import FileStore

@@ -12,8 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from deal_core.errors import ConfigError
+from deal_pipeline.cli.app import app
 from flows.adapt import AdaptResult
-from flows.cli.app import app
 from tasks.predict import FileAnswers, predict, predict_file
 from tasks.validate import spec_to_check, validate
 from tests.adapting import BANK

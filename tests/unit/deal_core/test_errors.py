@@ -10,6 +10,7 @@ import re
 import pytest
 
 import deal_core
+import deal_pipeline
 import flows
 import infra
 import tasks
@@ -20,7 +21,7 @@ SKIPPED = {"infra.ray_worker", "deal_core.training.main"}
 
 
 def all_errors() -> list[type[DealError]]:
-    for package in (deal_core, infra, tasks, flows):
+    for package in (deal_core, infra, tasks, flows, deal_pipeline):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             if module.name not in SKIPPED:
                 importlib.import_module(module.name)

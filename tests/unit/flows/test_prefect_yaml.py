@@ -13,8 +13,8 @@ import yaml
 from prefect import Flow
 from prefect.client.schemas.objects import ConcurrencyLimitStrategy
 
+from deal_pipeline.server.automations import RETURNING
 from flows.sensor import ADAPT
-from flows.server.automations import RETURNING
 from flows.watch import adapt_landed
 
 FILE = Path(__file__).parents[3] / "prefect.yaml"

@@ -28,7 +28,7 @@ def test_a_log_that_has_grown_makes_room_for_the_next(tmp_path: Path, monkeypatc
 
 
 def test_commands_log_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flows.server.embedded import FAILURES, enter_home
+    from deal_pipeline.server.embedded import FAILURES, enter_home
 
     with put_back():
         monkeypatch.delenv("DEAL_HOME", raising=False)
@@ -46,7 +46,7 @@ def test_commands_log_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_errors_of_prefects_api_go_to_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefect starts the API with uvicorn's command, which finds no such application here."""
-    from flows.server.embedded import enter_home, start_api
+    from deal_pipeline.server.embedded import enter_home, start_api
 
     with put_back():
         monkeypatch.delenv("DEAL_HOME", raising=False)

@@ -20,8 +20,8 @@ from docker.utils import exclude_paths
 from prefect.settings.models.server.services import ServerServicesDBVacuumSettings
 from typer.main import get_command
 
-from flows.cli.app import app
-from flows.server.deploy import require_values, variables_of
+from deal_pipeline.cli.app import app
+from deal_pipeline.server.deploy import require_values, variables_of
 
 INFRA = Path(__file__).parents[3] / "infra"
 COMPOSE = INFRA / "docker" / "compose.yaml"

@@ -15,7 +15,7 @@ from prefect.workers.process import ProcessJobConfiguration
 from prefect_docker.worker import DockerWorkerJobConfiguration
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
-from flows.server.deploy import pool_template, with_defaults_of
+from deal_pipeline.server.deploy import pool_template, with_defaults_of
 
 CONFIGURATIONS: dict[str, Any] = {
     "process": ProcessJobConfiguration,

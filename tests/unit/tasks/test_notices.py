@@ -10,7 +10,7 @@ from prefect.server.utilities.user_templates import render_user_template_sync
 
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from deal_core.evaluation.report import EvaluationReport
-from flows.server.automations import BODY, notifications
+from deal_pipeline.server.automations import BODY, notifications
 from infra.versions import LearnedArrival
 from tasks import notices
 from tasks.notices import EVENTS, Kind, Notice

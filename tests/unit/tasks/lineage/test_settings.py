@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from deal_core.config import AdapterConfig
 from deal_core.errors import ConfigError
 from deal_core.judging_config import GateConfig
-from flows.cli.app import app
-from flows.cli.session import Session
+from deal_pipeline.cli.app import app
+from deal_pipeline.cli.session import Session
 from infra.lineage_state import read_state
 from infra.store.base import ObjectStore
 from infra.store.local import FileStore
@@ -251,7 +251,7 @@ def test_what_does_not_fit_is_named_with_its_place(
 def given_to(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., SimpleNamespace]:
     """Runs a command up to its flow, and returns what the flow would be given."""
     monkeypatch.setenv("DEAL_STORE_URI", store.uri)
-    monkeypatch.setattr("flows.server.embedded.enter_home", lambda home, **_: tmp_path)
+    monkeypatch.setattr("deal_pipeline.server.embedded.enter_home", lambda home, **_: tmp_path)
 
     def invoke(flow: str, *words: str) -> SimpleNamespace:
         found: list[SimpleNamespace] = []

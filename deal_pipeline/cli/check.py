@@ -1,0 +1,359 @@
+"""Commands before a run: `deal init` writes its spec, `deal check` reads its rows and plans it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from rich.console import RenderableType
+from rich.markup import escape
+from typer import Argument, Option
+
+from deal_core.errors import ConfigError
+from deal_core.safe_text import listed, shorten
+from deal_pipeline.cli.console import heading, home_option, new_table, show_contradictions
+from deal_pipeline.cli.session import CommandResult, Session, Settings, SpecLineage, command, main_app
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from tasks.planning import PlanResult
+    from tasks.references import ScoredArrival
+    from tasks.spec import AdaptSpec
+    from tasks.validate import ShownRow, ValidateResult
+
+_SHOWN_CHARS = 1000
+_SHOWN_LABELS = 20
+_SCORED_ROWS = 20_000
+"""Rows of a file from which those are chosen that the champion answers; of more, the first ones."""
+_SPEC = """\
+# yaml-language-server: $schema={schema}
+# Check it with `deal check {out} --plan`, learn it with `deal adapt {out}`.
+# Every other setting has a default: after the first run, `deal lineage show NAME` prints all of them.
+{values}# What more a task can say:
+#   test_data: test.jsonl    # without it, a part of the rows becomes test rows
+#   instruction: {instruction}
+#   labels: {labels}
+# Tasks of one lineage share one adapter. Its base model is fixed by its first arrival:
+# base_model: smollm2-135m-instruct    # a Hub id, a local folder or a GGUF file
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewSpec:
+    """A spec that was written, and the rows that it is for."""
+
+    spec: str | None
+    """Path of the spec; None: the rows are refused, and no spec was written."""
+    data: ValidateResult
+    """The checks of the rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedRows:
+    """Checked rows, and what a run with them takes."""
+
+    data: ValidateResult
+    """The checks of the rows."""
+    plan: PlanResult | None
+    """What a run takes; None: --plan was not given, or the rows are refused."""
+    arrival: ScoredArrival | None = None
+    """What the champion answers to the training rows; None: it does not know the task, or --no-score was given."""
+
+
+@command(
+    main_app,
+    "reading",
+    "deal init bank.csv",
+    "deal init bank.csv --task bank --out bank.yaml",
+    works_without_home=True,
+)
+def init(
+    deal: Session,
+    file: Annotated[str, Argument(help="Rows: a file, folder, pattern or address.")],
+    task: Annotated[str | None, Option("--task", "-t", help="Name of the task.", show_default="the file's")] = None,
+    lineage: SpecLineage = None,
+    settings: Settings = None,
+    out: Annotated[Path, Option("--out", "-o", help="The new spec.")] = Path("spec.yaml"),
+) -> CommandResult[NewSpec]:
+    """Write a spec for a file of rows."""
+    import yaml
+
+    from tasks.lineage.settings import parse_settings
+    from tasks.spec import SPEC_SCHEMA
+    from tasks.validate import spec_to_check, validate
+
+    name = re.sub(r"[^a-z0-9_-]+", "-", Path(file).stem.lower()).strip("-_") or "task" if task is None else task
+    asked, _ = spec_to_check(file, task=name, lineage=lineage, settings=settings or ())
+    data = validate(asked, on_progress=lambda done: deal.screen.advanced("reading", done, None))
+    if not data.accepted:
+        return CommandResult(NewSpec(spec=None, data=data), show_validation(data), failed=True)
+    # a path in a spec is relative to the spec's folder
+    path = file if "://" in file else os.path.relpath(file, out.absolute().parent)
+    given = parse_settings(settings or ())
+    values = {"lineage": asked.lineage, **given, "task": {"name": name, "data": path, **given.get("task", {})}}
+    labels = yaml.safe_dump(
+        list(data.labels or ("yes", "no")), default_flow_style=True, allow_unicode=True, width=10**6
+    )
+    text = _SPEC.format(
+        schema=SPEC_SCHEMA,
+        out=out,
+        values=yaml.safe_dump(values, sort_keys=False, allow_unicode=True),
+        instruction="Choose the topic of the message." if data.labels else "Answer the question.",
+        labels=labels.strip(),
+    )
+    try:
+        with out.open("x", encoding="utf-8") as spec:
+            spec.write(text)
+    except FileExistsError:
+        raise ConfigError(f"{out} is there already; give another file with --out.") from None
+    option, spec_file = home_option(deal.home), shlex.quote(str(out))
+    return CommandResult(
+        NewSpec(spec=str(out), data=data),
+        [
+            escape(f"{out}: task {name}, {data.num_train} training rows, {data.num_test} test rows, {data.shape}."),
+            escape(f"Look at it, then: deal check {spec_file} --plan{option}, and: deal adapt {spec_file}{option}"),
+        ],
+    )
+
+
+@command(
+    main_app,
+    None,
+    "deal check bank.csv --task bank",
+    "deal check spec.yaml --plan",
+    "deal check june.csv --spec spec.yaml",
+)
+def check(
+    deal: Session,
+    what: Annotated[
+        str, Argument(metavar="FILE|SPEC", help="Rows: a file, folder, pattern or address. Or a spec (.yaml).")
+    ],
+    spec: Annotated[
+        Path | None, Option(help="With a file: the spec whose task and settings apply.", show_default=False)
+    ] = None,
+    task: Annotated[
+        str | None,
+        Option("--task", "-t", help="Task of the file.", show_default="task.yaml in the file's folder"),
+    ] = None,
+    test_data: Annotated[str | None, Option(help="File or folder of test rows.", show_default="the spec's")] = None,
+    lineage: SpecLineage = None,
+    settings: Settings = None,
+    with_model: Annotated[
+        bool, Option("--with-model", help="Also let the base model look for wrong labels; takes time.")
+    ] = False,
+    score: Annotated[
+        bool,
+        Option("--score/--no-score", help="Let the champion answer the rows, if it knows the task; takes time."),
+    ] = True,
+    plan: Annotated[
+        bool, Option("--plan", help="Also say what a run takes (memory, steps, time) and whether it fits.")
+    ] = False,
+    device: Annotated[
+        str | None,
+        Option(
+            metavar="[Nx ]NAME [MEMORY]",
+            help='With --plan: plan for other devices: "1x A100 80GB", "24GB", "cpu 16GB".',
+            show_default="what is free here",
+        ),
+    ] = None,
+    probe: Annotated[
+        bool,
+        Option("--probe/--no-probe", help="With --plan: time three training steps, if the base model is here."),
+    ] = True,
+) -> CommandResult[CheckedRows]:
+    """Check rows as a run would; with --plan, also what the run takes.
+
+    Nothing is stored, and no weights are fetched.
+    """
+    file: str | None = what
+    if what.endswith((".yaml", ".yml")):
+        if spec is not None or task is not None:
+            raise ConfigError(f"{what} is a spec, which names its task and file; --spec and --task go with a file.")
+        file, spec = None, Path(what)
+    if not plan and (device is not None or not probe):
+        raise ConfigError("--device and --no-probe go with --plan.")
+    if plan and file is not None and spec is None and task is None:
+        raise ConfigError("--plan needs the task: give --task NAME, or a spec.")
+    with deal.screen.working("checking"):
+        from tasks.validate import spec_to_check, validate
+
+        asked, task_file = spec_to_check(
+            file, spec=spec, task=task, lineage=lineage, test_data=test_data, settings=settings or ()
+        )
+        rows: list[pa.RecordBatch] = []
+
+        def keep(batch: pa.RecordBatch) -> None:
+            if sum(map(len, rows)) < _SCORED_ROWS:
+                rows.append(batch)
+
+        data = validate(
+            asked,
+            task_file,
+            with_model=with_model,
+            on_progress=lambda done: deal.screen.advanced("checking", done, None),
+            on_model=lambda done, total: deal.screen.advanced("labels", done, total),
+            on_rows=keep,
+        )
+        arrival = _score_arrival(deal, asked, rows) if score and data.accepted else None
+        shown = [*show_validation(data), *(show_arrival(arrival) if arrival else [])]
+        if not plan or not data.accepted:
+            checked = CheckedRows(data=data, plan=None, arrival=arrival)
+            return CommandResult(checked, shown, failed=not data.accepted)
+        from deal_pipeline.server.embedded import calm_libraries
+        from tasks.planning import plan as plan_run
+
+        calm_libraries()
+        planned = plan_run(
+            asked,
+            device=device,
+            probe=probe,
+            on_progress=deal.screen.stage_started,
+        )
+    shown += [heading("What a run takes"), *_show_plan(planned)]
+    return CommandResult(CheckedRows(data=data, plan=planned, arrival=arrival), shown, failed=planned.refused)
+
+
+def _score_arrival(deal: Session, asked: AdaptSpec, rows: Sequence[pa.RecordBatch]) -> ScoredArrival | None:
+    """Let the champion answer the rows, if it knows their task and its base model is here."""
+    from tasks.arrival_check import find_landed, score_rows
+
+    arrival = find_landed(asked, rows)
+    if arrival is None:
+        return None
+    import tasks.scorer  # noqa: F401 - torch loads slowly
+    from deal_pipeline.server.embedded import calm_libraries
+    from tasks.progress import reporting_to
+
+    calm_libraries()
+    with reporting_to(deal.screen):
+        return score_rows(arrival)
+
+
+def show_arrival(arrival: ScoredArrival) -> Sequence[RenderableType]:
+    """What the champion answers to rows that it has not learned."""
+    colour = "green" if arrival.score.verdict == "as expected" else "yellow"
+    sentence = arrival.sentence[0].upper() + arrival.sentence[1:]
+    return [f"[{colour}]{escape(sentence)}[/]", *show_contradictions(arrival.contradictions)]
+
+
+_VERDICTS = {
+    "fits": "[bold green]fits[/]",
+    "tight": "[bold yellow]fits, with less than a tenth to spare[/]",
+    "refused": "[bold red]cannot fit[/]",
+}
+
+
+def _show_plan(found: PlanResult) -> Sequence[RenderableType]:
+    total = sum(found.parameters.values())
+    kinds = ", ".join(f"{count / 1e6:,.1f} M {kind}" for kind, count in found.parameters.items() if count)
+    rehearsed = f" and {found.rehearsed_per_step} rehearsed" if found.rehearsed_per_step else ""
+    kept = f"; {found.num_kept} are kept for later arrivals" if found.num_kept else ""
+    chosen = f" ({found.num_chosen} chosen)" if found.num_chosen < found.num_train else ""
+    source = "of these rows" if found.lengths_from == "rows" else "by the spec's limits"
+    shown: list[RenderableType] = [
+        f"Base model  {escape(found.base)} ({escape(found.model_type)}, {found.precision}): "
+        f"{total / 1e6:,.1f} M parameters: {kinds}",
+        f"Adapter     {found.strategy}, rank {found.rank}: {found.adapter_parameters / 1e6:,.2f} M parameters",
+        f"Rows        {found.num_train} training{chosen}, {found.num_test} test, {found.num_rejected} bad; "
+        f"{found.rows_per_step} a step{rehearsed}{kept}",
+        f"Longest     {found.longest_row_tokens} tokens, {found.longest_answer_tokens} of them answer, {source}; "
+        f"{found.batch_rows} rows at once",
+        f"Steps       {found.num_steps}, rate {found.learning_rate:g} at first" + _time(found),
+        heading("Memory at the peak of a step"),
+    ]
+    table = new_table("kind", "size", right=["size"])
+    for kind, size in found.memory.items():
+        table.add_row(kind, in_bytes(size))
+    table.add_row("[bold]all[/]", f"[bold]{in_bytes(found.total_bytes)}[/]")
+    shown += [
+        table,
+        f"It {_VERDICTS[found.verdict]}: {in_bytes(found.total_bytes)} of {in_bytes(found.device_bytes)} "
+        f"({escape(found.device)}).",
+    ]
+    if found.refused:
+        shown += _remedies(found)
+    return [*shown, *(f"[yellow]{escape(note)}[/]" for note in found.notes)]
+
+
+def in_bytes(size: int) -> str:
+    """A size in MiB or GiB."""
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+
+
+def _time(found: PlanResult) -> str:
+    if found.expected_seconds is None or found.seconds_per_step is None:
+        return ""
+    minutes, seconds = divmod(round(found.expected_seconds), 60)
+    length = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+    return f", about {length} of training ({found.seconds_per_step:.2f} s a step, from a probe)"
+
+
+def _remedies(found: PlanResult) -> list[RenderableType]:
+    certain = sum(found.memory[kind] for kind in ("weights", "adapter", "optimiser"))
+    shown: list[RenderableType] = []
+    if certain > found.device_bytes:
+        shown.append(f"Weights, adapter and optimiser alone take {in_bytes(certain)}, whatever the batch.")
+    table = new_table("change", "then takes", "", right=["then takes"])
+    for each in found.remedies:
+        table.add_row(escape(each.change), in_bytes(each.total_bytes), "[green]fits[/]" if each.fits else "too much")
+    if found.remedies:
+        shown += [heading("What to change"), table]
+    if not any(each.fits for each in found.remedies):
+        shown.append("No setting makes it fit: take a smaller base model, or a device with more memory.")
+    return shown
+
+
+def _show_row(row: ShownRow) -> Sequence[RenderableType]:
+    def shown(text: str) -> str:
+        is_short = len(text) <= _SHOWN_CHARS
+        return escape(text if is_short else f"{text[: _SHOWN_CHARS // 2]} … {text[-_SHOWN_CHARS // 2 :]}")
+
+    worse = [f"rather than:[red]{shown(row.rejected)}[/]"] if row.rejected is not None else []
+    note = [f"[yellow]{escape(row.note)}[/]"] if row.note else []
+    return [f"{shown(row.prompt)}[green]{shown(row.answer)}[/]", *worse, *note]
+
+
+def show_validation(result: ValidateResult) -> Sequence[RenderableType]:
+    """The result of the checks of a file."""
+    verdict = "[green]can be adapted[/]" if result.accepted else "[red]is refused[/]"
+    shown: list[RenderableType] = [
+        f"{escape(result.file)} {verdict}: {result.num_read} rows read, {result.num_train} training, "
+        f"{result.num_test} test, {result.num_rejected} bad"
+        + (f"; {result.num_turns} training rows are earlier turns of chats" if result.num_turns else ""),
+        *(
+            [
+                f"{result.num_several} rows have several right answers: the first one is learned, and the metric takes "
+                "the best of them"
+            ]
+            if result.num_several
+            else []
+        ),
+        *([f"settings of {escape(result.task_file)} apply"] if result.task_file else []),
+        f"recognised as {escape(result.shape or 'no known shape: no row can be read')}",
+        f"format {result.format}" + (f", labels {escape(listed(result.labels))}" if result.labels else ""),
+    ]
+    if result.example:
+        shown += [heading("One row as the model sees it"), *_show_row(result.example)]
+    if result.bad_rows:
+        table = new_table("file", "row", "line", "reason", right=["row", "line"])
+        for bad in result.bad_rows:
+            line = "–" if bad.line is None else str(bad.line)
+            table.add_row(escape(bad.file), str(bad.row), line, escape("\n".join(bad.reasons)))
+        shown += [heading(f"Bad rows (the first {len(result.bad_rows)})"), table]
+    if result.label_check is not None:
+        shown.append(escape(result.label_check))
+    if result.likely_wrong:
+        table = new_table("text", "label", "likelier")
+        for row in result.likely_wrong[:_SHOWN_LABELS]:
+            table.add_row(*(escape(shorten(text)) for text in (row.text, row.label, row.likelier)))
+        shown += [heading(f"Labels to look at (the first {table.row_count}; --json has all)"), table]
+    shown += [f"[yellow]{escape(warning)}[/]" for warning in result.warnings]
+    if result.refusal:
+        shown.append(f"[red]{escape(result.refusal)}[/]")
+    return shown

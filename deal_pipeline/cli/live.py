@@ -1,0 +1,296 @@
+"""Commands about live traffic: monitor, rollout, and people's answers to texts (feedback)."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import RenderableType
+from rich.markup import escape
+from typer import Argument, Option
+
+from deal_core.errors import ConfigError
+from deal_pipeline.cli.console import heading, new_table, percent
+from deal_pipeline.cli.session import Column, CommandResult, Lineage, Reason, Session, command, main_app
+from deal_pipeline.cli.version import decided, show_decision
+
+if TYPE_CHECKING:
+    from deal_core.monitoring.report import TaskDrift
+    from deal_core.monitoring.rollout import Arm, RolloutReport
+    from infra.promotions import Decision
+    from tasks.monitoring.feedback import FeedbackResult
+    from tasks.monitoring.harvest import HarvestResult
+    from tasks.monitoring.look import MonitorResult
+    from tasks.monitoring.rollout import RolloutLook, RolloutStatus
+    from tasks.monitoring.select import SelectResult
+
+rollout_app = typer.Typer(help="Watch, finish or abort a version tried on live traffic.", no_args_is_help=True)
+feedback_app = typer.Typer(help="Take people's right answers, and turn them into rows.", no_args_is_help=True)
+
+
+@command(main_app, "starting", "deal monitor", "deal monitor --data answers.jsonl")
+def monitor(
+    deal: Session,
+    lineage: Lineage = "",
+    data: Annotated[
+        Path | None,
+        Option(
+            "--data",
+            "-d",
+            help="File of answers instead of the prediction log: its columns, or as deal predict --data writes.",
+            show_default=False,
+        ),
+    ] = None,
+    new_reference: Annotated[
+        bool, Option("--new-reference", help="Compare with the present live rows from now on, not with the test rows.")
+    ] = False,
+) -> CommandResult[MonitorResult]:
+    """Compare live traffic with the test rows: drift, accuracy."""
+    from flows.champions import monitor as monitor_flow
+
+    file = None if data is None else str(data.absolute())
+    outcome = deal.run(lambda: monitor_flow(lineage, file, new_reference))
+    return CommandResult(outcome, _show_monitor(outcome))
+
+
+def _show_monitor(result: MonitorResult) -> Sequence[RenderableType]:
+    if result.drift is None:
+        return [escape(result.problem or "")]
+    drift = result.drift
+    shown: list[RenderableType] = [
+        heading(f"Live traffic of {result.lineage}, version {result.version}"),
+        _tests(drift.tasks),
+    ]
+    alarms = [f"{each.task}: {alarm.kind}: {alarm.reason}" for each in drift.tasks for alarm in each.alarms]
+    shown += [f"  [red]•[/] {escape(alarm)}" for alarm in alarms] or ["No alarm."]
+    shown += [
+        escape(
+            f"Have some of {each.task}'s texts labelled and learn them: deal feedback sample {each.task} --lineage "
+            f"{result.lineage}. If the traffic has changed for good and the answers are right: deal monitor "
+            "--new-reference"
+        )
+        for each in drift.tasks
+        if each.alarms
+    ]
+    numbers = ["now", "from", "to", "rows", "test rows"]
+    table = new_table("task", "accuracy", *numbers, right=numbers)
+    for each in drift.tasks:
+        for word, found in (("measured", each.measured), ("estimated", each.estimated)):
+            if found is not None:
+                shares = percent(found.accuracy), percent(found.low), percent(found.high)
+                table.add_row(escape(each.task), word, *shares, str(found.num_rows), percent(found.reference))
+    if table.row_count:
+        shown += [heading("Accuracy, %"), table]
+    shown.append(f"[dim]An alarm is significant (p < {drift.level:.1e}, for {drift.num_tests} tests) and large.[/]")
+    return shown
+
+
+def _tests(tasks: Sequence[TaskDrift]) -> RenderableType:
+    numbers = ["live rows", "reference", "effect", "limit", "p"]
+    table = new_table("task", *numbers[:2], "what", *numbers[2:], "alarm", right=numbers)
+    for each in tasks:
+        sizes = str(each.num_live), str(each.num_reference)
+        if each.status != "compared":
+            table.add_row(escape(each.task), *sizes, f"[yellow]{each.status}[/]", "–", "–", "–", "")
+        for number, test in enumerate(each.tests):
+            first = (escape(each.task), *sizes) if number == 0 else ("", "", "")
+            figures = f"{test.effect:.3f}", f"{test.limit:g}", f"{test.p_value:.1e}"
+            table.add_row(*first, f"{test.name}, {test.unit}", *figures, "[red]alarm[/]" if test.is_alarm else "")
+    return table
+
+
+@command(rollout_app, "looking", "deal rollout status", "deal rollout status --apply", works_without_home=True)
+def status(
+    deal: Session,
+    lineage: Lineage = "",
+    apply: Annotated[
+        bool,
+        Option(
+            "--apply",
+            help="Promote or reject the version if the figures say so. A Prefect server does this every five minutes.",
+        ),
+    ] = False,
+) -> CommandResult[RolloutLook]:
+    """Compare the version that is tried on live traffic with the champion."""
+    if not apply:
+        from tasks.monitoring.rollout import RolloutLook, look_at_rollout
+
+        rollout = look_at_rollout(lineage)
+        return CommandResult(RolloutLook(status=rollout), _show_rollout(rollout))
+    from flows.champions import check_rollout
+    from flows.promote import tell_once
+
+    look = check_rollout(lineage)
+    shown = _show_rollout(look.status)
+    if look.decision is None:
+        return CommandResult(look, shown)
+    return CommandResult(
+        look,
+        [*shown, *show_decision(look.decision)],
+        rejected=look.decision.action == "rejected",
+        afterwards=partial(tell_once, look.decision),
+    )
+
+
+@command(rollout_app, "promoting", "deal rollout finish", 'deal rollout finish --reason "enough was seen"')
+def finish(
+    deal: Session, lineage: Lineage = "", reason: Reason = "rollout finished by hand"
+) -> CommandResult[Decision]:
+    """Make the version that is tried on live traffic the champion, whatever the figures say."""
+    from flows.champions import finish_rollout
+
+    return decided(finish_rollout(lineage, who=deal.account, why=reason))
+
+
+@command(rollout_app, "rejecting", "deal rollout abort", 'deal rollout abort --reason "complaints"')
+def abort(deal: Session, lineage: Lineage = "", reason: Reason = "rollout aborted by hand") -> CommandResult[Decision]:
+    """Reject the version that is tried on live traffic. It can never become champion."""
+    from flows.champions import abort_rollout
+
+    return decided(abort_rollout(lineage, who=deal.account, why=reason))
+
+
+def _show_rollout(found: RolloutStatus) -> Sequence[RenderableType]:
+    if found.report is None or found.since is None:
+        tried = f"No version of {escape(found.lineage)} is tried on live traffic."
+        return [f"{tried} To try the next one, set gate.rollout with: deal lineage apply SPEC"]
+    report = found.report
+    head = f"Version {found.version} of {found.lineage}, {report.kind} of version {found.champion}"
+    versions = [f"version {each.version}" for each in (report.champion, report.candidate)]
+    sides = new_table("", *versions, right=versions)
+    for name, before, now in zip(_FIGURES, _figures(report.champion), _figures(report.candidate), strict=True):
+        sides.add_row(name, before, now)
+    shown: list[RenderableType] = [
+        heading(f"{head}, since {found.since.astimezone():%Y-%m-%d %H:%M}"),
+        sides,
+        *_compared(report),
+    ]
+    if report.num_pairs:
+        shown.append(f"Same answer to {percent(report.agreement)} % of {report.num_pairs} rows.")
+    counted = "rows with feedback" if report.by_feedback else "answers"
+    said = {"goes on": "It goes on.", "abort": "[red]It has to be aborted.[/]", "finish": "[green]It can finish.[/]"}
+    shown.append(f"{report.num_counted} of {report.num_wanted} {counted} count. {said[report.verdict]}")
+    return shown + [f"  [red]•[/] {escape(reason)}" for reason in report.reasons if report.verdict == "abort"]
+
+
+_FIGURES = ("rows", "failed", "with feedback", "right, %", "no label, %", "mean confidence", "median seconds")
+
+
+def _figures(arm: Arm) -> tuple[str, ...]:
+    right = percent(arm.num_right / arm.num_judged if arm.num_judged else None)
+    numbers = ("–" if value is None else f"{value:.2f}" for value in (arm.confidence, arm.seconds))
+    return (str(arm.num_rows), str(arm.num_failed), str(arm.num_judged), right, percent(arm.share_no_label), *numbers)
+
+
+def _compared(report: RolloutReport) -> list[RenderableType]:
+    if not report.differences:
+        return []
+    columns = ["points", "from", "to", "rows"]
+    table = new_table("new version minus champion", *columns, "", right=columns)
+    for each in report.differences:
+        ends = f"{each.points:+.1f}", f"{each.low:+.1f}", f"{each.high:+.1f}"
+        table.add_row(each.figure, *ends, str(each.num_rows), "[red]worse[/]" if each.is_worse else "")
+    return [table]
+
+
+@command(feedback_app, "reading", "deal feedback sample bank", "deal feedback sample bank --data new.csv --number 100")
+def sample(
+    deal: Session,
+    task: Annotated[str, Argument(help="Task whose texts are chosen.")],
+    lineage: Lineage = "",
+    number: Annotated[int, Option("--number", "-n", min=1, help="Most texts in the file.")] = 50,
+    random_share: Annotated[float, Option(max=1.0, help="Share that is drawn at random, above 0.")] = 0.25,
+    data: Annotated[
+        Path | None,
+        Option(
+            "--data",
+            "-d",
+            help="File of texts that the champion answers first: CSV, JSON lines or Parquet.",
+            show_default="the prediction log",
+        ),
+    ] = None,
+    column: Column = None,
+    out: Annotated[
+        Path | None, Option("--out", "-o", help="New .csv or .jsonl file.", show_default="TASK-to-label.csv")
+    ] = None,
+) -> CommandResult[SelectResult]:
+    """Write a file of texts that are worth labelling: the least certain answers, and a random share."""
+    if column is not None and data is None:
+        raise ConfigError("--column goes with --data; give both, or neither.")
+    from deal_pipeline.server.embedded import calm_libraries
+    from tasks.monitoring.select import select_to_label
+
+    calm_libraries()
+    done = select_to_label(
+        task,
+        lineage,
+        data=data,
+        column=column,
+        out=out,
+        number=number,
+        random_share=random_share,
+        on_progress=lambda done, total: deal.screen.advanced("answering", done, total),
+    )
+    return CommandResult(done, _show_selected(done))
+
+
+@command(
+    feedback_app, "reading", "deal feedback add bank-to-label.csv", "deal feedback add checked.parquet --lineage bank"
+)
+def add(
+    deal: Session,
+    file: Annotated[Path, Argument(help="CSV, JSON lines or Parquet with id, and label, answer or is_right.")],
+    lineage: Lineage = "",
+) -> CommandResult[FeedbackResult]:
+    """Take right answers to logged requests, from a file that a person has checked."""
+    from tasks.monitoring.feedback import take_feedback_file
+
+    taken = take_feedback_file(file, lineage)
+    shown = [f"Feedback on {taken.num_taken} answers was taken."]
+    if taken.num_blank:
+        shown.append(f"{taken.num_blank} rows have no feedback.")
+    if taken.num_unknown:
+        shown.append(f"The log does not have {taken.num_unknown} of the answers; feedback on them cannot be learned.")
+    return CommandResult(taken, [*map(escape, shown)])
+
+
+@command(feedback_app, "reading", "deal feedback export bank", "deal feedback export bank --lineage support")
+def export(
+    deal: Session,
+    task: Annotated[str, Argument(help="Task whose reviewed answers land in its inbox.")],
+    lineage: Lineage = "",
+) -> CommandResult[HarvestResult]:
+    """Write reviewed right answers into the inbox, as an ordinary file. Each lands once."""
+    from tasks.monitoring.harvest import harvest_feedback
+
+    done = harvest_feedback(task, lineage)
+    shown = [f"{done.num_rows} rows landed as {done.key}." if done.key else "There is nothing to export."]
+    shown += [f"  not exported: {number}, {reason}" for reason, number in done.skipped.items()]
+    return CommandResult(done, [*map(escape, shown)])
+
+
+def _show_selected(done: SelectResult) -> Sequence[RenderableType]:
+    shown = [
+        f"{done.out}: {done.num_rows} of {done.num_inputs} texts, {done.num_random} of them drawn at random, answered "
+        f"by version {done.version} of {done.lineage} as {done.task}."
+    ]
+    if done.num_known:
+        shown.append(f"{done.num_known} texts have feedback or have landed already.")
+    if done.num_unusable:
+        shown.append(f"{done.num_unusable} rows have no text that can be labelled.")
+    fill_in, file = f"Fill in the column {done.column}", shlex.quote(done.out)
+    if done.data is None:
+        shown.append(
+            f"{fill_in}, then give: deal feedback add {file} --lineage {done.lineage}, and: deal feedback "
+            f"export {done.task} --lineage {done.lineage}"
+        )
+    else:
+        shown.append(
+            f"{fill_in} and delete the rows that are left empty, then give: deal adapt --task {done.task} "
+            f"--data {file} --lineage {done.lineage}"
+        )
+    return [escape(each) for each in shown]
