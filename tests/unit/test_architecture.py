@@ -89,7 +89,7 @@ def test_reading_the_environment_at_import_is_found(source: str) -> None:
 def test_every_package_is_listed_for_installation() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
     found = {module_name(path) for path in sources(*PACKAGES) if path.name == "__init__.py"}
-    assert set(listed) == found | {"flows.examples"}
+    assert set(listed) == found | {"deal_pipeline.examples"}
     assert {path.parent for path in sources(*PACKAGES)} == {ROOT / name.replace(".", "/") for name in found}
 
 
