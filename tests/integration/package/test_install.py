@@ -80,7 +80,7 @@ def test_the_example_data_is_installed(installed: Path) -> None:
     def files_in(folder: Path) -> set[str]:
         return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
-    assert files_in(installed / "flows/examples") == files_in(ROOT / "examples")
+    assert files_in(installed / "deal_pipeline/examples") == files_in(ROOT / "examples")
 
 
 def test_the_installed_command_answers(installed: Path, tmp_path: Path) -> None:
