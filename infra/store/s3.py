@@ -281,9 +281,19 @@ class S3Store(ObjectStore):
                 if code in MISSING and "IfMatch" in condition:  # deleted since it was read
                     return False
                 if code in ("PreconditionFailed", "412"):
-                    head = self.client.head_object(Bucket=self.bucket, Key=name)
-                    return bool(head["Metadata"].get("writer") == writer)
-                if code not in ("ConditionalRequestConflict", "409") or not remaining:
+                    try:
+                        head = self.client.head_object(Bucket=self.bucket, Key=name)
+                    except ClientError as gone:
+                        if _code_of(gone) in MISSING:  # deleted since it was read, in Ceph's words
+                            return False
+                        raise
+                    if head["Metadata"].get("writer") == writer:
+                        return True
+                    if head["ETag"] != condition.get("IfMatch"):
+                        return False
+                    # The object is what was read, and the server refused it: Ceph compares the tag without its quotes.
+                    condition["IfMatch"] = head["ETag"].strip('"')
+                elif code not in ("ConditionalRequestConflict", "409") or not remaining:
                     raise
         raise AssertionError("unreachable")
 

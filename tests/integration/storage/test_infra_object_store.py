@@ -293,6 +293,23 @@ def test_a_server_that_ignores_conditions_is_refused_before_anything_is_written(
     assert keys(s3_store) == ["ledger/one"]
 
 
+def test_a_server_that_compares_tags_without_quotes_takes_conditional_puts(s3_store: S3Store) -> None:
+    if os.environ.get("DEAL_TEST_S3"):
+        pytest.skip("a real server is as it is")
+
+    def as_ceph(params, **_):  # type: ignore[no-untyped-def]
+        tag = params["headers"].get("If-Match")
+        if tag is not None:
+            params["headers"]["If-Match"] = '"another"' if tag.startswith('"') else f'"{tag}"'
+
+    s3_store.client.meta.events.register("before-call.s3.PutObject", as_ceph)
+    s3_store.put_bytes("a", b"1")
+    _, tag = s3_store.get_tagged("a")
+    assert s3_store.replace_bytes("a", b"2", tag)
+    assert not s3_store.replace_bytes("a", b"3", tag), "it is not what was read any more"
+    assert s3_store.get_bytes("a") == b"2"
+
+
 def test_a_server_that_looks_and_then_writes_is_refused(s3_store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """As moto does without the tests' lock. Here its first put waits in the gap until another put is there too."""
     if os.environ.get("DEAL_TEST_S3"):
@@ -328,7 +345,9 @@ def test_a_server_is_tried_out_once_a_store(s3_store: S3Store) -> None:
     s3_store.put_bytes("d", b"1", if_absent=True)
     before, *probes, note, first, second, third = (key.removeprefix(s3_store.root) for key in puts)
     assert (before, note, first, second, third) == ("a", PROBE, "b", "c", "d")
-    assert len(probes) == 32 and len(set(probes)) == 1 and re.fullmatch(rf"{PROBE}-[0-9a-f]{{32}}", probes[0])
+    is_real = bool(os.environ.get("DEAL_TEST_S3"))  # it may take a second try to learn how it compares tags
+    assert len(probes) == 32 or (is_real and 32 < len(probes) <= 48)
+    assert len(set(probes)) == 1 and re.fullmatch(rf"{PROBE}-[0-9a-f]{{32}}", probes[0])
     s3_store.client.put_object(Bucket=s3_store.bucket, Key=s3_store.root + probes[0])  # by a key that may not delete
     assert keys(s3_store) == ["a", "b", "c", "d"]
 
