@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -36,24 +34,6 @@ NAMES = (
 """Results on the page."""
 FEW = 4
 """Of fewer values the bootstrap's interval is their smallest to their largest: it says nothing of noise."""
-
-
-def command(name: str, **options: Any) -> str:
-    """What measured: the module of benchmarks.speed and its command, with those options that were not its defaults.
-
-    Example:
-        >>> command("stack landing", landings=5), command("evaluation", texts=True, measurements=3)
-        ('`stack landing`', '`evaluation --texts --measurements 3`')
-    """
-    module, _, function = name.replace("-", "_").partition(" ")
-    main = getattr(importlib.import_module(f"benchmarks.speed.{module}"), function or "main")
-    defaults = inspect.signature(main).parameters
-    given = [
-        f" --{option.replace('_', '-')}" + ("" if value is True else f" {value}")
-        for option, value in options.items()
-        if value != defaults[option].default
-    ]
-    return f"`{name}{''.join(given)}`"
 
 
 def spread(interval: Sequence[float], count: int, digits: int) -> str:
@@ -91,7 +71,7 @@ def main(
     """Fill the page."""
     found = {name: read(results / f"{name}.json") for name in NAMES}
     template = templates().get_template("performance.md.j2")
-    page.write_text(template.render(found, command=command, spread=spread, not_above=not_above))
+    page.write_text(template.render(found, spread=spread, not_above=not_above))
     typer.echo(f"{page} written")
 
 
