@@ -131,7 +131,10 @@ def describe(name: str, licence: str, config: Any) -> dict[str, Any]:
 def main(page: Annotated[Path, typer.Option(help="Page to write.")] = Path("docs/model.md")) -> None:
     """Fill the page."""
     lines = [describe(name, licence, config) for name, (licence, config) in MODELS.items()]
-    page.write_text(templates().get_template("model.md.j2").render(lines=lines, long=BATCH, short=SHORT, cards=CARDS))
+    cards: dict[str, list[str]] = {}  # memory → the GPUs that have it
+    for name, card in sorted(CARDS.items(), key=lambda named: named[1].gigabytes):
+        cards.setdefault(" or ".join(map(str, card.gigabytes)), []).append(name if card.has_bf16 else f"{name} (fp32)")
+    page.write_text(templates().get_template("model.md.j2").render(lines=lines, long=BATCH, short=SHORT, cards=cards))
     typer.echo(f"{page} written")
 
 
