@@ -100,6 +100,10 @@ from tasks.adaptation.run import identify_base
 from tasks.base import lend_base
 
 CELLS = RESULTS / "memory"
+FREE_TEXT = CELLS / "free_text"
+"""Cells of `benchmarks.compare` on the suite superni8."""
+LIFTED = ("samsum_summary", "sciq_answer_generation", "evalution_relation_extraction")
+"""The three tasks of superni8 on which an adapter of its own beats the commonest answer."""
 PAGE, PICTURE = Path("benchmarks/few_rows.md"), Path("docs/img/few_rows.png")
 ORDERS = {
     "1": ("yelp", "amazon", "MNLI", "IMDB", "SST-2", "dbpedia", "agnews", "yahoo", "BoolQA"),
@@ -606,6 +610,32 @@ def kept_figure(points: Sequence[Point], parent: str) -> Figure:
     return figure
 
 
+def free_text(folder: Path) -> list[dict[str, Any]]:
+    """Return the figures of the cells with free answers, best first.
+
+    Scores are the mean ROUGE-L of LIFTED in percent, right after learning and in the end. Retraining has no first one.
+    """
+
+    def mean_of(scores: Sequence[Mapping[str, Any]]) -> float:
+        return 100 * fmean(fmean(map(float, score["correct"])) for score in scores)
+
+    cells = []
+    for path in sorted(folder.glob("*.json")):
+        cell = json.loads(path.read_text())
+        versions, perplexities = cell["versions"], cell["perplexity"]
+        learned = [version["scores"][version["task"]] for version in versions if version["task"] in LIFTED]
+        cells.append(
+            {
+                "arm": cell["settings"]["strategy"],
+                "seed": cell["settings"]["seed"],
+                "learned": mean_of(learned) if learned else None,
+                "end": mean_of([versions[-1]["scores"][name] for name in LIFTED]),
+                "perplexity": perplexities["adapted"] / perplexities["base"],
+            }
+        )
+    return sorted(cells, key=lambda cell: -cell["end"])
+
+
 @app.command()
 def page(out: Cells = CELLS) -> None:
     """Write the page and its picture from the cells."""
@@ -620,7 +650,11 @@ def page(out: Cells = CELLS) -> None:
         for _, cell in read_cells(out)
         if cell["settings"]["design"] == "chain" and (figures := figures_of(cell)) is not None
     }
-    content = templates().get_template(f"{PAGE.name}.j2").render(points=points, chains=chains, rows=NUM_ROWS)
+    content = (
+        templates()
+        .get_template(f"{PAGE.name}.j2")
+        .render(points=points, chains=chains, rows=NUM_ROWS, free_text=free_text(FREE_TEXT))
+    )
     PAGE.write_text(content, encoding="utf-8")
     save_png(kept_figure(points, "deal"), PICTURE)
 
