@@ -353,16 +353,6 @@ def messages(task: str, num_rows: int, seed: str, wordings: Wordings = "all") ->
             yield {"text": text, "label": label}
 
 
-def with_wrong_labels(rows: Sequence[Mapping[str, str]], share: float, seed: str) -> list[dict[str, str]]:
-    """Give a share of the rows another label, each of the others alike."""
-    draw, labels = random.Random(seed), sorted({row["label"] for row in rows})
-    wrong = {*draw.sample(range(len(rows)), round(share * len(rows)))}
-    return [
-        {
-            **row,
-            "label": draw.choice([label for label in labels if label != row["label"]])
-            if place in wrong
-            else row["label"],
-        }
-        for place, row in enumerate(rows)
-    ]
+def slipped(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Give each row the label of the row before it, and the first row that of the last one."""
+    return [{**row, "label": before["label"]} for before, row in zip([rows[-1], *rows[:-1]], rows, strict=True)]
