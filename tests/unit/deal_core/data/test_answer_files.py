@@ -12,10 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from deal_core.data.answer_files import in_chunks, own_names, survey_rows, writing_answers
-from deal_core.data.check import RowChecker
-from deal_core.data.columns import Columns, find_input
+from deal_core.data.columns import find_input
 from deal_core.data.reading.readers import read_rows
-from deal_core.data.rows import RawRow, Row
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
 
@@ -147,8 +145,6 @@ def test_a_question_has_the_context_that_was_learned_with_it() -> None:
     assert find_input(["question", "context"], task, "f.csv").names == {"prompt": "question", "context": "context"}
     columns = find_input(["instruction", "input"], task, "f.csv")
     assert columns.names == {"prompt": "instruction", "context": "input"}
-    checker = RowChecker(task, columns, max_text_chars=100)
-    assert checker.check_input(RawRow(number=1, values={"instruction": "Do", "input": "it"})) == "Do\nit"
     named = TaskSchema(name="t", format="completion", columns={"context": "passage"})
     assert find_input(["prompt", "passage"], named, "f.csv").names == {"prompt": "prompt", "context": "passage"}
     assert find_input(["prompt", "input"], task, "f.csv", "input").names == {"prompt": "input"}
@@ -156,42 +152,3 @@ def test_a_question_has_the_context_that_was_learned_with_it() -> None:
     assert find_input(["prompt", "absatz"], both, "f.csv").names == {"prompt": "prompt", "context": "absatz"}
     assert find_input(["q", "absatz"], both, "f.csv", "q").names == {"prompt": "q", "context": "absatz"}
     assert find_input(["instruction", "input"], task, "f.csv", "instruction").names == columns.names
-
-
-def test_a_chat_in_two_columns_is_asked_as_it_was_learned() -> None:
-    columns = Columns(format="chat", names={"prompt": "prompt", "completion": "completion"})
-    checker = RowChecker(TaskSchema(name="t", format="chat"), columns, max_text_chars=100)
-    user, answer = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
-    row = RawRow(number=1, values={"prompt": [user], "completion": [answer]})
-    learned = checker.check(row)
-    assert isinstance(learned, Row) and checker.check_input(row) == learned.input == json.dumps([user])
-
-
-def test_an_input_is_checked_without_its_answer() -> None:
-    checker = RowChecker(
-        TaskSchema(name="t", labels=("a",)), Columns(format="labelled", names={"text": "note"}), max_text_chars=8
-    )
-
-    def said(values: dict[str, Any]) -> Any:
-        found = checker.check_input(RawRow(number=1, values=values))
-        return found if isinstance(found, str) else [problem.reason for problem in found]
-
-    assert said({"note": " good "}) == "good"
-    assert said({"note": ""}) == ["empty text"]
-    assert said({}) == ["missing column"]
-    assert said({"note": "much longer"}) == ["over-long text"]
-
-
-def test_a_chat_is_asked_up_to_the_answer_that_is_wanted() -> None:
-    checker = RowChecker(
-        TaskSchema(name="t", format="chat"), Columns(format="chat", names={"messages": "m"}), max_text_chars=100
-    )
-    user, answer = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
-    for messages in ([user], [user, answer], json.dumps([user])):
-        assert checker.check_input(RawRow(number=1, values={"m": messages})) == json.dumps([user])
-    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add", "arguments": {}}]}
-    asked = checker.check_input(RawRow(number=1, values={"m": [user, call, {"role": "tool", "content": "2"}]}))
-    assert isinstance(asked, str) and [each["role"] for each in json.loads(asked)] == ["user", "assistant", "tool"]
-    assert checker.check_input(RawRow(number=1, values={"m": [{"from": "human", "value": "hi"}]})) == json.dumps([user])
-    for wrong in ([], [answer], "no JSON", [user, user], None):
-        assert not isinstance(checker.check_input(RawRow(number=1, values={"m": wrong})), str)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from deal_core.data.chats import MAX_EARLIER_TURNS, earlier_turns, normal_chat, 
 from deal_core.data.check import RowChecker
 from deal_core.data.columns import Columns
 from deal_core.data.dataset import Landing, build_dataset
-from deal_core.data.reading.batches import JsonRows
+from deal_core.data.good_rows import rows_in
+from deal_core.data.reading.batches import RowList
 from deal_core.data.reading.readers import read_batches
-from deal_core.data.rows import Problem, RawRow, Row, row_digest, stored_input_digest
+from deal_core.data.rows import Problem, RawRow, row_digest, stored_input_digest
 from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.data.source_files import files_at
 
@@ -62,7 +63,7 @@ def test_every_name_of_a_role_is_stored_and_asked_as_ours(system: str, asker: st
     assert normal_chat(plain[:-1]) == wanted[:-1]
     checker = RowChecker(TaskSchema(name="t", format="chat"), Columns(format="chat", names={"messages": "m"}), 1000)
     for asked in (plain[:-1], sharegpt[:-1]):
-        assert checker.check_input(RawRow(1, {"m": asked})) == json.dumps(wanted[:-1])
+        assert checker.check_inputs(RowList([RawRow(1, {"m": asked})])) == [json.dumps(wanted[:-1])]
 
 
 @pytest.mark.parametrize("blank", ["", " \r\n"])
@@ -143,13 +144,11 @@ def test_the_digest_of_a_chat_is_that_of_its_stored_input() -> None:
     found = {}
     for tools in (None, TOOLS):
         messages = [*chat("1 + 1?"), CALLING, RESULT, *chat("", "2.")[1:]]
-        row = checker.check(RawRow(1, {"m": messages, "tools": tools}))
-        assert isinstance(row, Row)
+        (row,) = rows_in(checker.check(RowList([RawRow(1, {"m": messages, "tools": tools})])).good)
         assert row.input_digest == stored_input_digest("chat", row.input)
         found[row.digest] = row.input
     assert len(found) == 2, "the tools count"
-    plain = checker.check(RawRow(1, {"m": chat("a", "b")}))
-    assert isinstance(plain, Row)
+    (plain,) = rows_in(checker.check(RowList([RawRow(1, {"m": chat("a", "b")})])).good)
     assert plain.digest == row_digest("user", "a", "b"), "as ever"
 
 
@@ -160,8 +159,8 @@ def test_texts_of_a_chat_are_checked_as_those_of_any_row() -> None:
         (chat("a" * 11, "b"), "over-long text"),
         (chat("nul \0", "b"), "bad encoding"),
     ):
-        (problem,) = checker.check(RawRow(1, {"m": messages}))
-        assert isinstance(problem, Problem) and problem.reason == reason
+        ((problem,),) = checker.check(RowList([RawRow(1, {"m": messages})])).bad.values()
+        assert problem.reason == reason
 
 
 # --- turns
@@ -228,13 +227,12 @@ def first_word(input: str) -> int:
 def test_no_turn_has_the_text_of_a_test_row_in_any_order_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def by_eights(path: Path, columns: Collection[str]) -> Iterator[JsonRows]:
+    def by_eights(path: Path, columns: Collection[str]) -> Generator[RowList]:
         for batch in read_batches(path, columns):
-            assert isinstance(batch, JsonRows)
-            rows = json.loads(batch.content)
-            yield from (JsonRows(json.dumps(rows[start : start + 8]).encode()) for start in range(0, len(rows), 8))
+            rows = batch.rows()
+            yield from (RowList(rows[start : start + 8]) for start in range(0, len(rows), 8))
 
-    monkeypatch.setattr("deal_core.data.batch_check.read_batches", by_eights)
+    monkeypatch.setattr("deal_core.data.dataset.read_batches", by_eights)
     beginnings = [each[:2] for each in CHATS] + [each[:4] for each in CHATS]
     digests = set()
     for chats in ([*CHATS, *beginnings], [*beginnings, *CHATS]):
