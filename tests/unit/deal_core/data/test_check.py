@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from deal_core.data.check import RowChecker, normal_input
 from deal_core.data.columns import Columns
-from deal_core.data.good_rows import digests_in, hex_texts, rows_in
+from deal_core.data.good_rows import rows_in
 from deal_core.data.reading.batches import ParquetRows, RowBatch, RowList
 from deal_core.data.rows import Problem, RawRow, input_parts, row_digests, stored_input_digest
 from deal_core.data.schema import TaskSchema, label_key
@@ -141,21 +141,3 @@ def test_a_chat_is_asked_up_to_the_answer_that_is_wanted() -> None:
     assert [message["role"] for message in with_tool] == ["user", "assistant", "tool"]
     for wrong in ([], [answer], "no JSON", [user, user], None):
         assert asked("chat", {"a": wrong}) == ["malformed messages"]
-
-
-def test_rows_of_a_batch_are_picked_whatever_their_types() -> None:
-    """Few rows of a batch and many; Arrow's own take has no kernel for the one column."""
-    columns = {"view": pa.array(["x", "y"] * 200, pa.string_view()), "list": [[number] for number in range(400)]}
-    batch = ParquetRows(pa.RecordBatch.from_pydict(columns), 7, ["list"])
-    for places in ([], [3, 300], [*range(0, 400, 2)], [*range(400)]):
-        rows = batch.rows(places)
-        assert [row.number for row in rows] == [place + 7 for place in places]
-        assert [row.values for row in rows] == [{"list": [place]} for place in places]
-        assert [row.raw() for row in rows] == [{"view": "xy"[place % 2], "list": [place]} for place in places]
-
-
-def test_digests_are_written_as_python_writes_them() -> None:
-    column = pa.array([bytes(range(start, start + 32)) for start in (0, 32, 64)], pa.binary(32))
-    batch = pa.RecordBatch.from_arrays([column], names=["digest"]).slice(1)
-    assert hex_texts(digests_in(batch, "digest")).to_pylist() == [digest.hex() for digest in column.to_pylist()[1:]]
-    assert hex_texts(digests_in(batch.slice(2), "digest")).to_pylist() == []
