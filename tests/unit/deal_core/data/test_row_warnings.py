@@ -5,8 +5,6 @@ A warning shows a text or a label only where texts may be shown.
 
 from __future__ import annotations
 
-import hashlib
-import tracemalloc
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -93,25 +91,6 @@ def test_labels_are_counted_as_a_dict_would_count_them(pairs: list[tuple[int, st
     assert found.num_train == sum(len(labels) for text, labels in contrary.items() if text not in on_test)
     assert len(found.examples) == min(MAX_EXAMPLES, len(contrary))
     assert all({*labels} == contrary[text] for text, *labels in found.examples)
-
-
-def test_memory_grows_by_a_few_bytes_a_text() -> None:
-    """At most 22 bytes a text, and as many a contradiction; texts and labels are not kept."""
-    number = 50_000
-    kept: dict[Split, DigestSet] = {"train": DigestSet(), "test": DigestSet()}
-    finder = ContradictionFinder(TaskSchema(name="t", labels=LABELS), kept, include_texts=True)
-    tracemalloc.start()
-    try:
-        for start in range(0, number, 5000):
-            digests = [hashlib.sha256(b"%d" % (row // 2)).digest() for row in range(start, start + 5000)]
-            finder.add(
-                good_rows([Row("long " * 50 + digest.hex(), "a", digest, digest) for digest in digests]), "train"
-            )
-        del digests
-        used, _ = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert used < number * 30
 
 
 def chat(*turns: str) -> list[dict[str, str]]:

@@ -17,7 +17,7 @@ from deal_core.config import DataConfig
 from deal_core.data.dataset import ArrivalRefusedError
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import DataValidationError
-from tests.built import Built, build, check, write_rows
+from tests.built import AUTO, Built, build, check, write_rows
 
 datasets.disable_progress_bars()
 NUM_ROWS = 40
@@ -50,14 +50,15 @@ def from_list(content: list[Row]) -> datasets.Dataset:
 
 
 WRITERS: dict[str, Callable[[list[Row], Path], object]] = {
-    "pandas lines": lambda content, path: pd.DataFrame(content).to_json(path, orient="records", lines=True),
-    "pandas list": lambda content, path: pd.DataFrame(content).to_json(path, orient="records", indent=2),
-    "pandas columns": lambda content, path: pd.DataFrame(content).to_json(path),
-    "pandas csv": lambda content, path: pd.DataFrame(content).to_csv(path, index=False),
-    "datasets lines": lambda content, path: from_list(content).to_json(path),
-    "datasets parquet": lambda content, path: from_list(content).to_parquet(path),
-    "arrow parquet": lambda content, path: write_rows(path, content),
+    "pandas.jsonl": lambda content, path: pd.DataFrame(content).to_json(path, orient="records", lines=True),
+    "pandas.json": lambda content, path: pd.DataFrame(content).to_json(path, orient="records", indent=2),
+    "columns.json": lambda content, path: pd.DataFrame(content).to_json(path),
+    "pandas.csv": lambda content, path: pd.DataFrame(content).to_csv(path, index=False),
+    "datasets.jsonl": lambda content, path: from_list(content).to_json(path),
+    "datasets.parquet": lambda content, path: from_list(content).to_parquet(path),
+    "arrow.parquet": lambda content, path: write_rows(path, content),
 }
+"""File → how people write it."""
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
 STORED_CALL = {**CALL, "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
@@ -83,81 +84,80 @@ def asked(number: int) -> str:
 
 
 class Shape(NamedTuple):
-    """A file, and what becomes of it."""
+    """A file that is learned."""
 
     make: Callable[[int], Row]
     writer: str
-    file: str
-    told: str
-    """Words of the recognised shape, or of the refusal."""
-    stored: Callable[[int], Stored] | None = None
-    """See `stored`; None: the file is refused."""
+    shape: str
+    """Words of the recognised shape."""
+    stored: Callable[[int], Stored]
+    """See `stored`."""
 
 
 SHAPES = {
     "Alpaca": Shape(
         lambda i: {"instruction": f"Translate {i}.", "input": f"Wort {i}" if i % 2 else "", "output": f"word {i}"},
-        *("pandas list", "rows.json", "Alpaca rows (instruction with input under it, output)"),
+        *("pandas.json", "Alpaca rows (instruction with input under it, output)"),
         lambda i: (f"Translate {i}.\nWort {i}" if i % 2 else f"Translate {i}.", f"word {i}"),
     ),
     "ShareGPT": Shape(
         lambda i: {"conversations": [{"from": "human", "value": f"Hi {i}"}, {"from": "gpt", "value": f"Hello {i}"}]},
-        *("datasets parquet", "rows.parquet", "ShareGPT chats (conversations)"),
+        *("datasets.parquet", "ShareGPT chats (conversations)"),
         lambda i: (asked(i), f"Hello {i}"),
     ),
     "OpenAI messages": Shape(
         lambda i: {"messages": [user(f"Hi {i}"), assistant(f"Hello {i}")]},
-        *("datasets lines", "rows.jsonl", "chats (messages)"),
+        *("datasets.jsonl", "chats (messages)"),
         lambda i: (asked(i), f"Hello {i}"),
     ),
     "OpenAI messages with tool calls in Parquet": Shape(
         tool_chat,
-        *("arrow parquet", "rows.parquet", "chats with tools (messages)"),
+        *("arrow.parquet", "chats with tools (messages)"),
         lambda i: (stored_tool_chat(i), f"It rains {i}."),
     ),
     "chat whose answer is a list": Shape(
         lambda i: {"messages": [user(f"Hi {i}"), assistant([f"Hello {i}", "Hey"])]},
-        *("pandas lines", "rows.jsonl", "chats (messages)"),
+        *("pandas.jsonl", "chats (messages)"),
         lambda i: (asked(i), f"Hello {i}"),
     ),
     "TRL conversational": Shape(
         lambda i: {"prompt": [user(f"Hi {i}")], "completion": [assistant(f"Hello {i}")]},
-        *("datasets parquet", "rows.parquet", "chats in two columns (prompt, completion)"),
+        *("datasets.parquet", "chats in two columns (prompt, completion)"),
         lambda i: (asked(i), f"Hello {i}"),
     ),
     "TRL conversational, messages as JSON texts": Shape(
         lambda i: {"prompt": asked(i), "completion": json.dumps([{"from": "gpt", "value": "Hello"}])},
-        *("pandas lines", "rows.jsonl", "chats in two columns (prompt, completion)"),
+        *("pandas.jsonl", "chats in two columns (prompt, completion)"),
         lambda i: (asked(i), "Hello"),
     ),
     "answers that are JSON lists": Shape(
         lambda i: {"prompt": json.dumps([{"page": i}]), "completion": json.dumps([{"name": "Ann", "age": i}])},
-        *("pandas lines", "rows.jsonl", "completions (prompt, completion)"),
+        *("pandas.jsonl", "completions (prompt, completion)"),
         lambda i: (json.dumps([{"page": i}]), json.dumps([{"name": "Ann", "age": i}])),
     ),
     "ClassLabel": Shape(
         lambda i: {"text": f"Text {i}", "label": i % 2},
-        *("datasets parquet", "rows.parquet", "ClassLabel names the labels"),
+        *("datasets.parquet", "ClassLabel names the labels"),
         lambda i: (f"Text {i}", ("World news", "Sport")[i % 2]),
     ),
     "preference, explicit prompt": Shape(
         lambda i: {"prompt": f"Q {i}", "chosen": f"good {i}", "rejected": f"bad {i}"},
-        *("datasets parquet", "rows.parquet", "preferences (prompt, chosen over rejected)"),
+        *("datasets.parquet", "preferences (prompt, chosen over rejected)"),
         lambda i: (f"Q {i}", f"good {i}", f"bad {i}"),
     ),
     "preference of JSON lists": Shape(
         lambda i: {"prompt": json.dumps([{"page": i}]), "chosen": json.dumps([{"age": i}]), "rejected": "[]"},
-        *("pandas lines", "rows.jsonl", "preferences (prompt, chosen over rejected)"),
+        *("pandas.jsonl", "preferences (prompt, chosen over rejected)"),
         lambda i: (json.dumps([{"page": i}]), json.dumps([{"age": i}]), "[]"),
     ),
     "preference, conversational": Shape(
         lambda i: {"prompt": [user(f"Hi {i}")], "chosen": [assistant("good")], "rejected": [assistant(f"bad {i}")]},
-        *("datasets parquet", "rows.parquet", "preferences of chats (prompt, chosen over rejected)"),
+        *("datasets.parquet", "preferences of chats (prompt, chosen over rejected)"),
         lambda i: (asked(i), "good", f"bad {i}"),
     ),
     "preference, implicit prompt in Parquet": Shape(
         lambda i: {"chosen": [user(f"Hi {i}"), assistant("good")], "rejected": [user(f"Hi {i}"), assistant("bad")]},
-        *("datasets parquet", "rows.parquet", "preferences of chats (chosen over rejected)"),
+        *("datasets.parquet", "preferences of chats (chosen over rejected)"),
         lambda i: (asked(i), "good", "bad"),
     ),
     "preference, whole chats in Parquet, and the prompt once more": Shape(
@@ -166,67 +166,55 @@ SHAPES = {
             "chosen": [user(f"Hi {i}"), assistant("good")],
             "rejected": [user(f"Hi {i}"), assistant("bad")],
         },
-        *("datasets parquet", "rows.parquet", "preferences of chats (chosen over rejected)"),
+        *("datasets.parquet", "preferences of chats (chosen over rejected)"),
         lambda i: (asked(i), "good", "bad"),
-    ),
-    "preference, without a prompt": Shape(
-        lambda i: {"chosen": f"Human: {i} Assistant: good", "rejected": f"Human: {i} Assistant: bad"},
-        *("datasets lines", "rows.jsonl", "A file of preferences has a prompt in each row, or whole chats"),
-    ),
-    "preference, unpaired": Shape(
-        lambda i: {"prompt": f"Q {i}", "completion": f"answer {i}", "label": bool(i % 2)},
-        *("datasets parquet", "rows.parquet", "rated answers.*Keep the rows whose label is true"),
-    ),
-    "preference, unpaired in JSON lines": Shape(
-        lambda i: {"prompt": f"Q {i}", "completion": f"answer {i}", "label": bool(i % 2)},
-        *("pandas lines", "rows.jsonl", "rated answers"),
-    ),
-    "plain text": Shape(
-        lambda i: {"text": f"Some long text {i}"},
-        *("datasets parquet", "rows.parquet", "continued pre-training.*prompt and completion in place of text"),
-    ),
-    "plain text among other columns": Shape(
-        lambda i: {"id": i, "url": "x", "text": f"Some long text {i}"},
-        *("datasets lines", "rows.jsonl", "--set task.columns.*continued pre-training"),
     ),
     "SQuAD in JSON lines": Shape(
         lambda i: {"context": "c", "question": f"Who? {i}", "answers": {"text": ["He", "Him"], "answer_start": [0, 1]}},
-        *("datasets lines", "rows.jsonl", "completions (question with context under it, answers)"),
+        *("datasets.jsonl", "completions (question with context under it, answers)"),
         lambda i: (f"Who? {i}\nc", "He"),
     ),
     "answers in a list": Shape(
         lambda i: {"question": f"Who? {i}", "answers": [f"He {i}", "Him"]},
-        *("arrow parquet", "rows.parquet", "completions (question, answers)"),
+        *("arrow.parquet", "completions (question, answers)"),
         lambda i: (f"Who? {i}", f"He {i}"),
     ),
-    "several labels": Shape(
-        lambda i: {"text": f"Text {i}", "label": [i % 2, 2]},
-        *("arrow parquet", "rows.parquet", "label is a list, not a text"),
-    ),
-    "CSV with whole numbers for labels": Shape(
-        lambda i: {"text": f"Text {i}", "label": i % 2},
-        *("pandas csv", "rows.csv", r'labels: \{"0": NAME, "1": NAME\}'),
-    ),
-    "pandas by columns": Shape(
-        lambda i: {"text": f"Text {i}", "label": "a"},
-        *("pandas columns", "rows.json", r'orient="records", lines=True'),
-    ),
 }
+REFUSED: list[tuple[str, Row, str]] = [
+    (
+        "datasets.jsonl",
+        {"chosen": "Human: Assistant: good", "rejected": "bad"},
+        "has a prompt in each row, or whole chats",
+    ),
+    ("datasets.parquet", {"prompt": "Q", "completion": "A", "label": True}, "rated answers.*whose label is true"),
+    ("pandas.jsonl", {"prompt": "Q", "completion": "A", "label": False}, "rated answers"),
+    ("pandas.csv", {"prompt": "Q", "completion": "A", "label": True}, "rated answers"),
+    ("datasets.parquet", {"text": "long"}, "continued pre-training.*prompt and completion in place of text"),
+    ("datasets.jsonl", {"id": 1, "url": "x", "text": "long"}, "--set task.columns.*continued pre-training"),
+    ("arrow.parquet", {"text": "Text", "label": [1, 2]}, "label is a list, not a text"),
+    ("pandas.csv", {"text": "Text", "label": 1}, r'labels: \{"0": NAME, "1": NAME\}'),
+    ("columns.json", {"text": "Text", "label": "a"}, r'orient="records", lines=True'),
+]
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_file_of_a_common_shape_is_learned_rightly_or_refused_with_a_remedy(name: str, tmp_path: Path) -> None:
-    shape, source = SHAPES[name], tmp_path / SHAPES[name].file
-    WRITERS[shape.writer](rows(shape.make), source)
+def test_a_file_of_a_common_shape_is_learned_rightly(name: str, tmp_path: Path) -> None:
+    make, writer, shape, wanted = SHAPES[name]
+    WRITERS[writer](rows(make), tmp_path / writer)
     task = TaskSchema(name="t", format="auto", assistant_turns="all")
-    if shape.stored is None:
-        with pytest.raises(DataValidationError, match=f"(?s){shape.told}"):
-            build(source, task, DataConfig())
-        return
-    assert shape.told in check(source, task).shape
-    built = build(source, task)
+    assert shape in check(tmp_path / writer, task).shape
+    built = build(tmp_path / writer, task)
     assert (built.manifest.num_read, built.manifest.num_rejected) == (NUM_ROWS, 0)
-    assert stored(built) == sorted(shape.stored(number) for number in range(NUM_ROWS))
+    assert stored(built) == sorted(wanted(number) for number in range(NUM_ROWS))
+
+
+@pytest.mark.parametrize(("writer", "row", "remedy"), REFUSED)
+def test_a_file_that_would_be_learned_wrongly_is_refused_with_a_remedy(
+    writer: str, row: Row, remedy: str, tmp_path: Path
+) -> None:
+    WRITERS[writer]([row] * NUM_ROWS, tmp_path / writer)
+    with pytest.raises(DataValidationError, match=f"(?s){remedy}"):
+        build(tmp_path / writer, AUTO, DataConfig())
 
 
 class Asked(NamedTuple):
@@ -356,7 +344,7 @@ def rated(*labels: object) -> list[Row]:
     return rows(lambda i: {"prompt": f"Q {i}", "completion": f"A {i}", "label": labels[i % len(labels)]})
 
 
-@pytest.mark.parametrize("labels", [(True, False), ("TRUE", "FALSE"), ("true", "", " false")])
+@pytest.mark.parametrize("labels", [("TRUE", "FALSE"), ("true", "", " false")])
 def test_a_csv_may_write_the_rating_as_it_likes(labels: tuple[str, ...], tmp_path: Path) -> None:
     with pytest.raises(DataValidationError, match="holds rated answers"):
         check(write_rows(tmp_path / "rows.csv", rated(*labels)))
