@@ -157,7 +157,7 @@ class RowChecker:
             listed = list_of_answers(cell)
             checked = [self._text(answer, column) for answer in ([cell] if listed is None else listed)]
             if not checked:
-                checked = [_told("empty text", f"{column} has no answer")]
+                checked = [_without_text("empty text", f"{column} has no answer")]
             if bad := [answer for answer in checked if isinstance(answer, Problem)]:
                 problems[place] += bad
             answers.append(tuple(dict.fromkeys(answer for answer in checked if isinstance(answer, str))))
@@ -187,7 +187,7 @@ class RowChecker:
 
     def _of_right_length(self, text: str, column: str) -> str | Problem:
         if not text.strip():
-            return _told("empty text", f"{column} is empty")
+            return _without_text("empty text", f"{column} is empty")
         if len(text) > self._max_text_chars:
             length = f"{len(text)} characters"
             why = f"{column} has {length}, allowed are {self._max_text_chars}"
@@ -205,7 +205,7 @@ class RowChecker:
         if self._label_of_key and label_key(label) not in self._label_of_key:
             label = cell  # the task was learned with the cells as its labels
         if not label:
-            return _told("empty label", f"{column} is empty")
+            return _without_text("empty label", f"{column} is empty")
         if not self._label_of_key:
             if self._label_names and name is None:
                 return Problem("label outside the task's set", shorten(cell), "the file has no name for it")
@@ -235,7 +235,7 @@ class RowChecker:
             return worse
         if worse.input != row.input:
             why = f"{wanted[-1]} and {names['rejected']} differ before their last message"
-            return [_told("malformed messages", why)]
+            return [_without_text("malformed messages", why)]
         return _preference(row, worse.output)
 
     def _chat_in(self, wanted: Sequence[str], values: Mapping[str, Any]) -> Row | list[Problem]:
@@ -252,10 +252,10 @@ class RowChecker:
             return [messages]
         column = " and ".join(wanted)
         if chats.is_any_empty(messages):
-            whole: str | Problem = _told("empty text", f"a message in {column} is empty")
+            whole: str | Problem = _without_text("empty text", f"a message in {column} is empty")
         else:
             whole = self._of_right_length(
-                "".join(p for message in messages for p in message_parts(message)[1:]), column
+                "".join(part for message in messages for part in message_parts(message)[1:]), column
             )
         others = [self._text(answer, f"a right answer in {column}") for answer in answers[1:]]
         if problems := [found for found in (whole, *others) if isinstance(found, Problem)]:
@@ -305,7 +305,7 @@ def too_many_labels(file: str, labels: Collection[str], most: int) -> str:
     )
 
 
-def _told(reason: Reason, why: str) -> Problem:
+def _without_text(reason: Reason, why: str) -> Problem:
     """A problem whose value is no text of the row."""
     return Problem(reason, why, why)
 
@@ -340,7 +340,7 @@ def _rows_of(found: Mapping[int, Row | list[Problem]], problems: Problems) -> di
 def _preference(row: Row, rejected: str) -> Row | list[Problem]:
     """The row as a preference of its answer over another one."""
     if " ".join(row.output.split()) == " ".join(rejected.split()):
-        return [_told("equal answers", "both answers are the same")]
+        return [_without_text("equal answers", "both answers are the same")]
     return row._replace(digest=preference_digest(row.digest, rejected), references=(), rejected=rejected)
 
 
@@ -378,7 +378,7 @@ def _as_text(cell: object, column: str) -> str | Problem:
     elif cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return ""
     elif isinstance(cell, (list, dict, tuple)):
-        return _told("malformed line", f"{column} is a {type(cell).__name__}, not a text")
+        return _without_text("malformed line", f"{column} is a {type(cell).__name__}, not a text")
     elif isinstance(cell, bytes):
         text = cell.decode("utf-8", "surrogateescape")
     elif isinstance(cell, float) and cell.is_integer():
