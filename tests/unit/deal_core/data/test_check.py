@@ -120,7 +120,7 @@ def test_a_row_that_cannot_be_read_has_that_problem_alone() -> None:
 
 def asked(kind: str, values: dict[str, Any]) -> Any:
     """The stored input, or the reasons of its problems."""
-    (found,) = checker_of(kind).check_inputs(RowList([RawRow(1, values)]))
+    (found,) = checker_of(kind, max_text_chars=100).check_inputs(RowList([RawRow(1, values)]))
     return found if isinstance(found, str) else [problem.reason for problem in found]
 
 
@@ -128,7 +128,7 @@ def test_an_input_is_checked_without_its_answer() -> None:
     assert asked("labels", {"a": " good "}) == "good"
     assert asked("labels", {"a": ""}) == ["empty text"]
     assert asked("labels", {}) == ["missing column"]
-    assert asked("labels", {"a": "much longer than that allows"}) == ["over-long text"]
+    assert asked("labels", {"a": "x" * 101}) == ["over-long text"]
     assert asked("context", {"a": "Do", "c": "it"}) == "Do\nit"
 
 
