@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from deal_core.data.check import RowChecker
-from deal_core.data.reading.readers import read_rows
-from deal_core.data.rows import Row, stored_input_digest
+from deal_core.data.reading.readers import read_batches
+from deal_core.data.rows import stored_input_digest
 from deal_core.data.schema import REFERENCES, REJECTED, ROW_SCHEMA, TaskSchema, label_key
 from deal_core.data.shapes import recognise
 from deal_core.errors import DataValidationError, StoreError
@@ -269,10 +269,12 @@ def _with_places(
     ):
         for file in (*sources, *tests):
             checker = RowChecker(schema, recognise(file.path, schema), sys.maxsize)
-            for raw in read_rows(file.path):
-                row = checker.check(raw)
-                if isinstance(row, Row) and row.digest.hex() in wanted:
-                    places.setdefault(row.digest.hex(), (file.name, raw.number))
+            for batch in read_batches(file.path):
+                good = checker.check(batch).good
+                numbers = batch.numbers(good.column("place").to_pylist())
+                for digest, number in zip(good.column("digest").to_pylist(), numbers, strict=True):
+                    if digest.hex() in wanted:
+                        places.setdefault(digest.hex(), (file.name, number))
     return tuple(
         each.model_copy(update=dict(zip(("file", "row"), places.get(each.sha256, (None, None)), strict=True)))
         for each in shown

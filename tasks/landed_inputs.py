@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from deal_core.data.chats import earlier_turns
 from deal_core.data.check import RowChecker
 from deal_core.data.reading.lines import sha256_of_input
-from deal_core.data.reading.readers import read_rows
+from deal_core.data.reading.readers import read_batches
 from deal_core.data.rows import stored_input_digest
 from deal_core.data.schema import TaskSchema
 from deal_core.data.shapes import recognise
@@ -66,8 +66,9 @@ def inputs_of_file(store: ObjectStore, key: str, schema: TaskSchema) -> tuple[se
     with local_files(store, store.uri_of(key)) as (file,):
         try:
             checker = RowChecker(schema, recognise(file.path, schema), sys.maxsize)
-            texts = (text for row in read_rows(file.path) if isinstance(text := checker.check_input(row), str))
-            inputs.update(_digests(schema, texts))
+            for batch in read_batches(file.path):
+                texts = (text for text in checker.check_inputs(batch) if isinstance(text, str))
+                inputs.update(_digests(schema, texts))
         except DataValidationError:
             return inputs, None
         return inputs, sha256_of_input(file.path)

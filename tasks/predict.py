@@ -18,6 +18,7 @@ from deal_core.data.answer_files import in_chunks, output_kind, own_names, surve
 from deal_core.data.check import RowChecker
 from deal_core.data.columns import find_input
 from deal_core.data.prompts import render_prompt
+from deal_core.data.reading.batches import RowList
 from deal_core.data.reading.readers import file_kind, read_rows
 from deal_core.errors import ConfigError
 from deal_core.evaluation.generation import GivenAnswer, answer_inputs, counting, first_answer_logits
@@ -186,7 +187,7 @@ def predict_file(
     num_bad = num_no_label = num_done = 0
     with _alone(output), writing_answers(output, survey.types, names) as write, answering(asked) as answer:
         for rows in in_chunks(read_rows(data), CHUNK_ROWS):
-            checked = [checker.check_input(row) for row in rows]  # a text, or the problems of the row
+            checked = checker.check_inputs(RowList(rows))
             texts = [text for text in checked if isinstance(text, str)]
             answers = [given.text for given in answer(texts, counting(on_progress, survey.num_rows, num_done))]
             answered = iter([{"answer": text, "problem": served.problem_of(text), **who} for text in answers])

@@ -113,7 +113,7 @@ def chat_row(messages: Sequence[Message], others: Sequence[str] = ()) -> Row:
     parts = [part for message in earlier for part in message_parts(message)]
     input, answers = json.dumps(earlier, ensure_ascii=False), (last["content"], *others)
     references = answers if others else ()
-    return Row(input, answers[0], *row_digests(parts, answers), None, references)
+    return Row(input, answers[0], *row_digests(parts, answers), references)
 
 
 def earlier_turns(stored: str) -> list[Row]:

@@ -19,21 +19,21 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from deal_core.config import DataConfig
-from deal_core.data.batch_check import BadRows, Checked, FileCheck, naming
 from deal_core.data.chats import earlier_turns
-from deal_core.data.check import is_whole_number, numbers_for_labels, too_many_labels
+from deal_core.data.check import Checked, Problems, RowChecker, is_whole_number, numbers_for_labels, too_many_labels
 from deal_core.data.columns import SPLITTING, Columns
 from deal_core.data.contradictions import ContradictionFinder
 from deal_core.data.dataset_files import DatasetFiles, NoFiles
-from deal_core.data.digest_set import Digests, DigestSet, merge_digests
+from deal_core.data.digest_set import Digests, DigestSet, OrderedDigests, StoredDigests, merge_digests
 from deal_core.data.doubts import DoubtFinder
 from deal_core.data.good_rows import chosen, digests_in, good_rows
 from deal_core.data.near_tests import NearTests
 from deal_core.data.reading.batches import RowBatch
+from deal_core.data.reading.readers import read_batches
 from deal_core.data.rows import BadRow, Problem, Reason, RowTally
 from deal_core.data.schema import SCHEMA_VERSION, DatasetManifest, Split, TaskSchema, label_key
 from deal_core.data.shapes import completed_task, recognise
-from deal_core.data.source_files import SourceFile, SourceFiles, digests_of, name_of, require_one_kind
+from deal_core.data.source_files import SourceFile, SourceFiles, digests_of, name_of, naming, require_one_kind
 from deal_core.errors import DataValidationError
 from deal_core.safe_text import listed, shorten
 
@@ -186,8 +186,6 @@ class ArrivalReader:
         self._learns_every_turn = self.task.assistant_turns == "all" and in_one_column
         self._frozen = frozenset(landing.frozen_test_inputs)
         self._frozen_set, self._test_inputs = DigestSet(self._frozen), DigestSet(self._frozen)
-        self._kept: dict[Split, DigestSet] = {"train": DigestSet(), "test": DigestSet()}
-        self._leaks = DigestSet()
         self._turns, self._beginnings = DigestSet(), DigestSet()
         self._is_new = not self._frozen or landing.renews_tests  # the test rows are decided as for a new task
         self._grows = not self._is_new and not self._is_split_given and landing.num_lacking > 0
@@ -200,7 +198,7 @@ class ArrivalReader:
         """As `RawRow.number`; 0: an earlier turn of a chat."""
         self._files_read: list[tuple[int, str]] = []
         """The place of each file's first row in `_numbers`, and the file's name."""
-        self._near, self._num_near_turns = DigestSet(), 0
+        self._num_near_turns = 0
 
     def validate(
         self, files: DatasetFiles | NoFiles, on_rows: Callable[[pa.RecordBatch], None] = lambda rows: None
@@ -218,24 +216,25 @@ class ArrivalReader:
         elif self._chooses_tests:
             with suppress(DataValidationError):  # the second reading meets the same fault, and keeps the bad rows
                 self._survey(infers_labels)
-        self._contradictions = ContradictionFinder(self.task, self._kept, include_texts=self._config.include_texts)
-        self._doubts = DoubtFinder(self.task)
-        num_several = 0
-        for file, batch, checked in self._checked_batches():
-            counts = self._counts[file.split]
-            if not self._files_read or self._files_read[-1][1] != file.source.name:
-                self._files_read.append((len(self._numbers), file.source.name))
-            self._doubts.read(file.source.name, batch, checked.good)
-            num_several += checked.good.num_rows - checked.good.column("references").null_count
-            bad = sorted([*checked.bad, *self._keep_new(checked.good, file, batch, keep)], key=lambda found: found[0])
-            raws = batch.rows([place for place, _ in bad])
-            for raw, (_, problems) in zip(raws, bad, strict=True):
-                row = BadRow(file=file.source.name, row=raw.number, line=raw.line, problems=tuple(problems))
-                counts.add_bad(row)
-                files.reject(row, raw.raw())
-        if self._near_tests:
-            self._leave_out_near_tests(files)
-        manifest, all_counts = self._manifest(), self._counts.values()
+        with StoredDigests() as train, StoredDigests() as test, StoredDigests() as leaks:
+            self._kept: dict[Split, StoredDigests] = {"train": train, "test": test}
+            self._leaks = leaks
+            self._contradictions = ContradictionFinder(self.task, self._kept, include_texts=self._config.include_texts)
+            self._doubts = DoubtFinder(self.task)
+            num_several = 0
+            for file, batch, checked in self._checked_batches():
+                counts = self._counts[file.split]
+                if not self._files_read or self._files_read[-1][1] != file.source.name:
+                    self._files_read.append((len(self._numbers), file.source.name))
+                self._doubts.read(file.source.name, batch, checked.good)
+                num_several += checked.good.num_rows - checked.good.column("references").null_count
+                bad = dict(sorted({**checked.bad, **self._keep_new(checked.good, file, batch, keep)}.items()))
+                for raw, problems in zip(batch.rows([*bad]), bad.values(), strict=True):
+                    row = BadRow(file=file.source.name, row=raw.number, line=raw.line, problems=tuple(problems))
+                    counts.add_bad(row)
+                    files.reject(row, raw.raw())
+            near = self._leave_out_near_tests(files) if self._near_tests else np.zeros(0, "S32")
+            manifest, all_counts = self._manifest(near), self._counts.values()
         too_many_bad = (counts.refusal(self._config, self._landing.new_label_remedy) for counts in all_counts)
         return ValidationReport(
             manifest=manifest,
@@ -250,10 +249,12 @@ class ArrivalReader:
         for counts in self._counts.values():
             counts.num_read = 0
         for file in self._files:
-            check = FileCheck(file.source, self.task, file.columns, self._config.max_text_chars)
-            with closing(check.batches()) as batches:
-                for batch, checked in batches:
-                    yield file, batch, checked
+            checker = RowChecker(self.task, file.columns, self._config.max_text_chars)
+            rows = read_batches(file.source.path, {*file.columns.names.values()})
+            with naming(file.source), closing(rows) as batches:
+                for batch in batches:
+                    _refuse_late_keys(batch, file)
+                    yield file, batch, checker.check(batch)
                     self._counts[file.split].num_read += len(batch)
                     if self._landing.on_progress is not None:
                         self._landing.on_progress(sum(counts.num_read for counts in self._counts.values()))
@@ -330,7 +331,7 @@ class ArrivalReader:
                 raise DataValidationError(numbers_for_labels(self._landing.name))
             self.task = replace(self.task, labels=labels)
 
-    def _keep_new(self, good: pa.RecordBatch, file: _File, batch: RowBatch, keep: Keep) -> BadRows:
+    def _keep_new(self, good: pa.RecordBatch, file: _File, batch: RowBatch, keep: Keep) -> Problems:
         """Keep new rows; return duplicates and training rows with the text of a test row."""
         is_test = self._is_test(good, file)
         test, train = chosen(good, is_test), chosen(good, ~is_test)
@@ -340,7 +341,7 @@ class ArrivalReader:
         self._leaks.add(digests_in(leaks, "digest"))
         repeated = [self._keep_first("test", test, batch, keep)]
         repeated += self._without_beginnings(self._keep_first("train", train, batch, keep))
-        return [*_as_bad([leaks], "text of a test row"), *_as_bad(repeated, "duplicate row")]
+        return _as_bad([leaks], "text of a test row") | _as_bad(repeated, "duplicate row")
 
     def _keep_first(self, split: Split, rows: pa.RecordBatch, batch: RowBatch, keep: Keep) -> pa.RecordBatch:
         """Keep rows of a split, and the earlier turns of training chats; return the rows that were there before."""
@@ -382,8 +383,8 @@ class ArrivalReader:
         self._numbers.extend([0] * turns.num_rows)
         keep(turns, "train")
 
-    def _leave_out_near_tests(self, files: DatasetFiles | NoFiles) -> None:
-        """Leave out the training rows that nearly equal a test row. All test rows are known now."""
+    def _leave_out_near_tests(self, files: DatasetFiles | NoFiles) -> OrderedDigests:
+        """Leave out the training rows that nearly equal a test row; return their digests. All test rows are known."""
         counts = self._counts["train" if self._landing.test_sources else None]
         starts = [start for start, _ in self._files_read]
         found, place = [np.zeros(0, np.bool_)], 0
@@ -402,14 +403,14 @@ class ArrivalReader:
                     self._num_near_turns += 1
             place += rows.num_rows
         is_near = np.concatenate(found)
-        if is_near.any():
-            files.leave_out(is_near)
-            self._near = self._kept["train"].take_out(is_near)
+        if not is_near.any():
+            return np.zeros(0, "S32")
+        files.leave_out(is_near)
+        return self._kept["train"].take_out(is_near)
 
-    def _manifest(self) -> DatasetManifest:
+    def _manifest(self, near: OrderedDigests) -> DatasetManifest:
         contradictions = self._contradictions.found()  # before the digests are put in order
-        kept = self._kept
-        train, near, test, leaks = (rows.in_order() for rows in (kept["train"], self._near, kept["test"], self._leaks))
+        train, test, leaks = (rows.in_order() for rows in (self._kept["train"], self._kept["test"], self._leaks))
         counts = self._counts.values()
         problems = sum((side.problems for side in counts), Counter[str]())
         landing, landed = self._landing, {"landed": [train, near, test]}
@@ -436,7 +437,7 @@ class ArrivalReader:
             doubts=self._doubts.found(),
         )
 
-    def _digest(self, parts: Mapping[str, Sequence[memoryview]]) -> str:
+    def _digest(self, parts: Mapping[str, Sequence[OrderedDigests]]) -> str:
         """Digest of the task's name and of each part's sorted row digests."""
         content = hashlib.sha256(json.dumps([SCHEMA_VERSION, self.task.name]).encode())
         for name, digests in parts.items():
@@ -485,14 +486,26 @@ def _alike(files: list[_File]) -> list[_File]:
     return [file.without("is_random") for file in files] if len(ways) > 1 else files
 
 
+def _refuse_late_keys(batch: RowBatch, file: _File) -> None:
+    """Refuse a file one of whose rows has a key that would have been read if the first rows had it."""
+    unread = file.columns.unread
+    for raw in batch.rows() if unread else ():
+        if not unread.isdisjoint(raw.values):
+            key = min(unread.intersection(raw.values))
+            raise DataValidationError(
+                f"{file.source.name}: row {raw.number} has the key {key}, which the first rows lack, so it would not "
+                "be read. Put a row with this key first, or leave the key out."
+            )
+
+
 def _first_words(digests: Digests) -> npt.NDArray[np.int64]:
     """The first 32 bits of each digest, as numbers in the digests' order."""
     return np.ascontiguousarray(digests).view(">u4")[::8].astype(np.int64)
 
 
-def _as_bad(batches: Sequence[pa.RecordBatch], reason: Reason) -> BadRows:
-    return [
-        (place, [Problem(reason, shorten(input))])
+def _as_bad(batches: Sequence[pa.RecordBatch], reason: Reason) -> Problems:
+    return {
+        place: [Problem(reason, shorten(input))]
         for rows in batches
         for place, input in zip(rows.column("place").to_pylist(), rows.column("input").to_pylist(), strict=True)
-    ]
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -28,15 +28,17 @@ GOOD_ROWS = pa.schema(
 no splits. references: null for a row with one right answer. The others are the fields of `Row`."""
 
 
-def good_rows(rows: Sequence[Row], places: Iterable[int] | None = None) -> pa.RecordBatch:
+def good_rows(
+    rows: Sequence[Row], places: Sequence[int] | None = None, is_test: Sequence[bool] | None = None
+) -> pa.RecordBatch:
     """Rows as columns; without places, they count from 0."""
     columns = {
-        "place": list(range(len(rows)) if places is None else places),
+        "place": range(len(rows)) if places is None else places,
         "input": [row.input for row in rows],
         "output": [row.output for row in rows],
         "digest": [row.digest for row in rows],
         "input_digest": [row.input_digest for row in rows],
-        "is_test": [row.split == "test" for row in rows],
+        "is_test": [False] * len(rows) if is_test is None else is_test,
         "references": [row.references or None for row in rows],
         "rejected": [row.rejected for row in rows],
     }
@@ -44,10 +46,10 @@ def good_rows(rows: Sequence[Row], places: Iterable[int] | None = None) -> pa.Re
 
 
 def rows_in(good: pa.RecordBatch) -> list[Row]:
-    """The rows one by one, without their splits."""
+    """The rows one by one."""
     names = ("input", "output", "digest", "input_digest", "references", "rejected")
     return [
-        Row(input, output, digest, input_digest, None, tuple(references or ()), rejected)
+        Row(input, output, digest, input_digest, tuple(references or ()), rejected)
         for input, output, digest, input_digest, references, rejected in zip(
             *(good.column(name).to_pylist() for name in names), strict=True
         )

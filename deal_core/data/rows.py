@@ -15,7 +15,7 @@ from deal_core.safe_text import shorten
 
 if TYPE_CHECKING:  # a process that only reads a file starts sooner without the settings
     from deal_core.config import DataConfig
-    from deal_core.data.schema import Doubt, Format, Split
+    from deal_core.data.schema import Doubt, Format
 
 Reason = Literal[
     "malformed line",
@@ -90,8 +90,6 @@ class Row(NamedTuple):
     """SHA-256 of the normalised row, see `row_digest`."""
     input_digest: bytes
     """Digest of the normalised input: rows with one text are on one side of the split, even with different answers."""
-    split: Split | None
-    """The split that the file names; None if it names none."""
     references: tuple[str, ...] = ()
     """All right answers, `output` first, if there are several."""
     rejected: str | None = None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +49,17 @@ def digests_of(files: Sequence[SourceFile]) -> tuple[str, ...]:
         DataValidationError: A file does not exist, or it is not a regular file.
     """
     return tuple(dict.fromkeys(sha256_of_input(file.path) for file in files))
+
+
+@contextmanager
+def naming(file: SourceFile) -> Iterator[None]:
+    """Put a file's name before a message that does not have it: the reader knows only the last part."""
+    try:
+        yield
+    except DataValidationError as error:
+        if file.name in str(error) or file.name.rpartition("/")[2] == file.name:
+            raise
+        raise DataValidationError(f"{file.name}: {error}", code=error.code) from error
 
 
 def require_one_kind(files: Sequence[SourceFile]) -> None:

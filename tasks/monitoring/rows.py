@@ -19,6 +19,7 @@ import pandas as pd
 from deal_core.data.answer_files import OWN_COLUMNS, survey_rows
 from deal_core.data.check import RowChecker
 from deal_core.data.columns import find_input
+from deal_core.data.reading.batches import RowList
 from deal_core.data.reading.readers import read_rows
 from deal_core.data.rows import RawRow
 from deal_core.errors import ConfigError
@@ -191,7 +192,7 @@ def _answered(
         if schema.name not in checkers:
             columns = find_input(inputs, schema, path.name)
             checkers[schema.name] = RowChecker(schema, columns, max_text_chars=sys.maxsize)
-        text = checkers[schema.name].check_input(row)
+        (text,) = checkers[schema.name].check_inputs(RowList([row]))
         if isinstance(text, str):
             yield {
                 **dict.fromkeys(COLUMNS),

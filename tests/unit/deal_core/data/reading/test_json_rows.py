@@ -2,46 +2,50 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deal_core.data.reading import json_rows, lines
 from deal_core.data.reading.parsing import look
 from deal_core.errors import DataValidationError
+from tests.built import write_rows
 from tests.hypothesis_settings import SHARED_FIXTURES
 from tests.parsed import parsed_rows
 
-ROWS = [{"text": f'no. {number}, "[{{', "label": [number, {"a": None}]} for number in range(50)]
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=6,
 )
+ROWS = st.lists(st.dictionaries(st.text(max_size=3), VALUES, max_size=3), min_size=1, max_size=5)
 
 
-def write(path: Path, content: str | bytes) -> Path:
-    data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+def write(path: Path, content: str) -> Path:
+    path.write_bytes(content.encode("utf-8", "surrogatepass"))
     return path
 
 
-@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.json.gz"])
+@pytest.mark.parametrize("piece", [1, 2, 7, 2**18])
 @pytest.mark.parametrize("indent", [None, 1])
-def test_a_list_has_the_rows_of_json_lines(tmp_path: Path, name: str, indent: int | None) -> None:
-    path = write(tmp_path / name, json.dumps(ROWS, indent=indent))
+@settings(SHARED_FIXTURES, max_examples=25)
+@given(content=ROWS)
+@example(content=[{"text": f'no. {number}, "[{{', "label": [number, {"a": None}]} for number in range(50)])
+def test_a_list_has_the_rows_of_json_lines_in_pieces_of_any_size(
+    piece: int, indent: int | None, content: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_rows, "_PIECE_CHARS", piece)
+    path = write(tmp_path / "rows.json", json.dumps(content, indent=indent, ensure_ascii=False))
     found = list(parsed_rows(path))
-    assert [row.values for row in found] == ROWS
-    assert [row.number for row in found] == list(range(1, 51))
-    assert look(path, "jsonl").columns == ("text", "label")
-    lines = path.read_bytes() if name != "rows.json.gz" else gzip.decompress(path.read_bytes())
-    assert all(lines.splitlines()[row.line - 1].lstrip(b"[").lstrip()[:1] == b"{" for row in found if row.line)
+    assert [(row.number, row.values) for row in found] == [*enumerate(content, start=1)]
+    lines = path.read_bytes().decode().split("\n")
+    assert all(lines[row.line - 1].lstrip(" [").startswith("{") for row in found if row.line)
+    assert {*look(path, "jsonl").columns} == {name for row in content for name in row}
 
 
 @pytest.mark.parametrize("content", ["[]", " [ ]\n\n", "[\n]\n"])
@@ -50,33 +54,18 @@ def test_an_empty_list_has_no_rows(tmp_path: Path, content: str) -> None:
     assert (list(parsed_rows(path)), look(path, "jsonl").columns) == ([], ())
 
 
-def test_an_empty_list_among_json_lines_is_one_bad_row(tmp_path: Path) -> None:
-    bad, good = parsed_rows(write(tmp_path / "rows.jsonl", '[]\n{"text": "a"}\n'))
+@pytest.mark.parametrize("first", ["[]", "{"])
+def test_a_bracket_alone_among_json_lines_is_one_bad_row(tmp_path: Path, first: str) -> None:
+    bad, good = parsed_rows(write(tmp_path / "rows.jsonl", f'{first}\n{{"text": "a"}}\n'))
     assert bad.fault is not None and good.values == {"text": "a"}
 
 
-@pytest.mark.parametrize("content", [{"data": ROWS}, ROWS[0]])
+@pytest.mark.parametrize("content", [{"data": [{"text": "a"}]}, {"text": "a"}])
 def test_an_object_over_several_lines_is_refused_with_what_to_write(tmp_path: Path, content: Any) -> None:
     path = write(tmp_path / "rows.json", json.dumps(content, indent=2))
     for read in (lambda path: look(path, "jsonl"), lambda path: list(parsed_rows(path))):
-        with pytest.raises(DataValidationError, match=r"rows\.json begins with one JSON object .* one object per line"):
+        with pytest.raises(DataValidationError, match=r"rows\.json begins with one JSON object"):
             read(path)
-
-
-def test_a_line_that_is_only_a_brace_among_json_lines_is_one_bad_row(tmp_path: Path) -> None:
-    bad, good = parsed_rows(write(tmp_path / "rows.jsonl", '{\n{"text": "a"}\n'))
-    assert bad.fault is not None and good.values == {"text": "a"}
-
-
-@pytest.mark.parametrize("piece", [1, 2, 7])
-@settings(SHARED_FIXTURES, max_examples=40)
-@given(content=st.lists(st.dictionaries(st.text(max_size=3), VALUES, max_size=3), min_size=1, max_size=5))
-def test_a_list_is_the_same_in_pieces_of_any_size(
-    piece: int, content: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(json_rows, "_PIECE_CHARS", piece)
-    path = write(tmp_path / "rows.json", json.dumps(content, indent=1, ensure_ascii=False))
-    assert [row.values for row in parsed_rows(path)] == content
 
 
 @pytest.mark.parametrize(
@@ -87,6 +76,7 @@ def test_a_list_is_the_same_in_pieces_of_any_size(
         ('{"text": "Jane", "text": "Doe"}', "a key occurs twice"),
         ('{"inner": {"Jane": 1, "Jane": 2}, "text": "later"}', "a key occurs twice"),
         ('{"text": ' + "9" * 5000 + "}", "a number has too many digits"),
+        ('{"text": ' + "[" * 101 + "]" * 101 + "}", "nested too deeply"),
     ],
 )
 @pytest.mark.parametrize("piece", [3, 2**18])
@@ -94,39 +84,32 @@ def test_a_bad_item_is_one_bad_row(
     tmp_path: Path, item: str, why: str, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(json_rows, "_PIECE_CHARS", piece)
-    path = write(tmp_path / "rows.json", f'[{{"text": "a"}},\n{item},\n{{"text": "b"}}]')
-    first, bad, last = parsed_rows(path)
+    first, bad, last = parsed_rows(write(tmp_path / "rows.json", f'[{{"text": "a"}},\n{item},\n{{"text": "b"}}]'))
     assert (first.values, last.values) == ({"text": "a"}, {"text": "b"})
     assert bad.fault is not None and (bad.fault.reason, bad.fault.why) == ("malformed line", why)
     assert (bad.number, bad.line, bad.raw()) == (2, 2, item)
-    assert "Jane" not in bad.fault.why
 
 
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        ('[{"a": 1},\n {"b": 2}', r"line 2: \] is missing|, is missing, and the file ends"),
+        ('[{"a": 1},\n {"b": 2}', "line 2: "),
         ('[{"a": 1},\n {"b": ', "line 2: "),
         ('[{"a": 1},\n {"b": Jane}]', "line 2: Expecting value"),
         ('[{"a": 1}\n {"b": 2}]', "line 2: , is missing, and other text"),
         ('[{"a": 1}] {"b": 2}', "text follows the end"),
         ('[{"a": 1},]', "Expecting value"),
+        (json.dumps([{"text": "a"}, {"text": "x" * 5000}]), "item 2 is not JSON, or has more than 1000 characters"),
     ],
 )
-def test_a_list_that_is_not_json_is_refused_with_its_line(tmp_path: Path, content: str, found: str) -> None:
-    with pytest.raises(DataValidationError, match=rf"rows.json is a JSON list that cannot be read .*{found}") as error:
-        list(parsed_rows(write(tmp_path / "rows.json", content)))
-    assert "Jane" not in str(error.value)
-
-
-def test_an_item_beyond_the_longest_line_is_refused_before_it_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_list_that_is_not_json_is_refused_with_its_line(
+    tmp_path: Path, content: str, found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(json_rows, "MAX_LINE_CHARS", 1000)
     monkeypatch.setattr(json_rows, "_PIECE_CHARS", 100)
-    path = write(tmp_path / "rows.json", json.dumps([{"text": "a"}, {"text": "x" * 5000}]))
-    with pytest.raises(DataValidationError, match="item 2 is not JSON, or has more than 1000 characters"):
-        list(parsed_rows(path))
+    with pytest.raises(DataValidationError, match=rf"rows.json is a JSON list that cannot be read .*{found}") as error:
+        list(parsed_rows(write(tmp_path / "rows.json", content)))
+    assert "Jane" not in str(error.value)
 
 
 def test_memory_does_not_grow_with_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,9 +122,8 @@ def test_memory_does_not_grow_with_the_list(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(json_rows, "_PIECE_CHARS", 2**14)
 
     def peak_of(num_rows: int) -> int:
-        rows = [{"text": str(number), "more": "x" * 500} for number in range(num_rows)]
-        path = write(tmp_path / f"{num_rows}.json.gz", json.dumps(rows))
-        del rows
+        rows = ({"text": str(number), "more": "x" * 500} for number in range(num_rows))
+        path = write_rows(tmp_path / f"{num_rows}.json.gz", rows)
         tracemalloc.start()
         count = sum(1 for _ in parsed_rows(path))
         peak = tracemalloc.get_traced_memory()[1]

@@ -132,21 +132,26 @@ def test_the_reader_knows_no_secret_and_runs_nothing_of_the_folder(
     assert "PYTHONPATH" in names and not {name for name in names if name.startswith(("DEAL_", "AWS_", "HF_"))}
 
 
-def test_the_reader_ends_with_its_iterator(lines: Path) -> None:
+def test_the_reader_lives_as_long_as_its_iterator_whatever_becomes_of_the_file_or_the_terminal(lines: Path) -> None:
+    batches = read_batches(lines)
+    num_rows = len(next(batches))
+    lines.unlink()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(reader().pid, number)
+    assert os.getpgid(reader().pid) != os.getpgrp()
+    for _ in range(2):
+        num_rows += len(next(batches))
+    process = reader()
+    assert num_rows + sum(map(len, batches)) == NUM_LINES
+    assert process.wait(timeout=60) is None or not process.is_running()
+
+
+def test_the_reader_ends_with_an_iterator_that_is_closed(lines: Path) -> None:
     batches = read_batches(lines)
     next(batches)
     process = reader()
     batches.close()
     assert process.wait(timeout=60) is None or not process.is_running()
-
-
-def test_a_signal_for_the_whole_terminal_stops_no_reading(lines: Path) -> None:
-    batches = read_batches(lines)
-    num_rows = len(next(batches))
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        os.kill(reader().pid, number)
-    assert os.getpgid(reader().pid) != os.getpgrp()
-    assert num_rows + sum(map(len, batches)) == NUM_LINES
 
 
 def test_the_reader_ends_when_the_process_dies_that_waits_for_it(lines: Path) -> None:
@@ -161,13 +166,6 @@ def test_the_reader_ends_when_the_process_dies_that_waits_for_it(lines: Path) ->
         waiting.wait()
         while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.05)
-
-
-def test_a_file_that_goes_away_while_it_is_read_is_read_on(lines: Path) -> None:
-    batches = read_batches(lines)
-    num_rows = len(next(batches))
-    lines.unlink()
-    assert num_rows + sum(map(len, batches)) == NUM_LINES
 
 
 def test_names_of_columns_that_fill_the_memory_are_refused(tmp_path: Path) -> None:
