@@ -106,6 +106,14 @@ def test_a_file_from_a_clock_that_runs_ahead_waits_from_its_first_look_on() -> N
     assert states(state) == {A: "waiting"} and state.arrivals[A].landed == NOW
 
 
+def test_a_companion_from_a_clock_that_runs_ahead_holds_up_no_file() -> None:
+    ahead = replace(arrival(beside="x").companions[0], modified=NOW + timedelta(days=365))
+    beside = replace(arrival(), companions=(ahead,))
+    state = looked(LineageState(), beside)
+    assert states(state) == {A: "landed"}
+    assert states(looked(state, beside, now=LATER)) == {A: "waiting"}
+
+
 def test_a_file_waits_for_its_companions_and_another_companion_makes_it_land_again() -> None:
     young = replace(arrival(beside="x").companions[0], modified=NOW - timedelta(seconds=0.5))
     beside = replace(arrival(), companions=(young,))
