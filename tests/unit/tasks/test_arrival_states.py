@@ -196,6 +196,14 @@ def test_claims_take_the_oldest_first_and_one_batch_at_a_time() -> None:
     assert claimed(state.model_copy(update={"paused": "holiday", "batches": ()}), "three").batches == ()
 
 
+def test_nothing_is_claimed_that_may_still_be_written_is_of_another_task_or_lands_during_a_pause() -> None:
+    state = looked(LineageState(), arrival(A, age=0.5), arrival(C))
+    assert states(claimed(state)) == {A: "landed", C: "claimed"}
+    assert claimed(state, tasks=["bank"]) == state
+    paused = state.model_copy(update={"paused": "holiday"})
+    assert claimed(paused) == paused
+
+
 def test_the_holder_of_a_lineage_takes_over_what_a_dead_process_has_left() -> None:
     state = claimed(looked(LineageState(), arrival()))
     again = claimed(state, "two", is_alone=True)
