@@ -64,6 +64,7 @@ def test_test_rows_grow_by_accepted_versions_and_judge_from_the_next_one_on(tiny
     may = learn(tiny_base, tmp_path, "may", [*repeated, *rows_of("may", 80)])
     assert may.status == "promoted" and may.dataset.num_added == 16
     assert may.added is not None and may.added.num_rows == 16
+    assert may.arrival is not None and may.arrival.num_rows == 80, "the champion answers those that are added too"
     assert sizes(may) == [20, 20, 20] and evaluation_of(may)["num_rows"] == {"colours": 20}, "they do not judge yet"
     assert "colours gains 16 test rows" in page_of(may)[1] and answered(may) == 36
     (known,) = record_of(may).tasks

@@ -105,6 +105,7 @@ def test_it_goes_on_wherever_it_was_killed_and_learns_nothing_twice(
 ) -> None:
     monkeypatch.setattr("flows.forget.BATCH_SECONDS", 0.0)  # no server answers
     before, rows = numbers(), (three_tasks / "beds.jsonl").read_bytes()
+    text = json.loads(rows.splitlines()[0])["text"]
     current_store().put_bytes("inbox/beds/a.jsonl", rows)
     for owner, name in (
         (flows.relearn, "forget"),
@@ -124,7 +125,15 @@ def test_it_goes_on_wherever_it_was_killed_and_learns_nothing_twice(
                 find_version(current_store(), "l", None)
         assert (serving and serving.version) == ("4" if name in ("_remove_adapters", "remove_exports", "end") else None)
         if name == "swap_in":
-            log_answer(json.loads(rows.splitlines()[0])["text"])
+            log_answer(text)
+    remove = flows.relearn.remove_exports
+
+    def answer_and_remove(*arguments: Any) -> Any:
+        assert read_predictions(current_store(), "l").empty, "the call has searched at its begin"
+        log_answer(text)
+        return remove(*arguments)
+
+    monkeypatch.setattr(flows.relearn, "remove_exports", answer_and_remove)
     result = delete("beds")
     assert (result.status, result.champion, [made.remakes for made in result.made]) == ("swapped", "4", ["3"])
     assert numbers() == [*before, "4"] and moves()[3:] == [("stopped", None), ("promoted", "4")], "one version"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from deal_core.errors import ConfigError
 from flows.forget import ForgetResult, forget, plan_forget
 from flows.lock import lock_lineage
 from infra.lineage_state import EndedArrival, note_ended
+from infra.store.local import FileStore
 from tasks.adaptation.ingest import ingest_arrival
 from tasks.context import current_store
 from tasks.inbox import look
@@ -27,6 +28,7 @@ from tasks.progress import LogReporter, reporting_to
 from tasks.references import DatasetRef
 from tasks.spec import TaskSpec
 from tests.adapting import BANK
+from tests.in_process import KilledError
 
 KEY = "inbox/bank/may.jsonl"
 LABELS = {"labels": ["a", "b"]}
@@ -84,6 +86,30 @@ def test_a_refused_file_that_is_forgotten_while_it_is_read_leaves_no_rows(
     with pytest.raises(ForgottenRowsError):
         ingest(arrival, "l")
     assert len(forgotten_while_read) == 1 and not stored("datasets", "quarantine", "inbox")
+
+
+def test_rows_of_a_run_that_is_killed_while_it_stores_them_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it was killed, its bad rows too."""
+    upload, is_killed, num_deaths = FileStore.upload_file, True, 0
+    while is_killed:
+        arrival, left = land(), num_deaths
+        current_store().put_bytes(KEY, current_store().get_bytes(KEY) + b'{"text": "", "label": "a"}\n')
+
+        def die(store: FileStore, local: Path, key: str) -> None:
+            nonlocal left
+            if left == 0:
+                raise KilledError(key)
+            left -= 1
+            upload(store, local, key)
+
+        with monkeypatch.context() as patch, suppress(KilledError):
+            patch.setattr(FileStore, "upload_file", die)
+            ingest(arrival, "l", again=True)
+            is_killed = False
+        num_deaths += is_killed
+        forget_file()
+        assert not stored("datasets", "quarantine", "inbox"), num_deaths
+    assert num_deaths > 3, "rows, manifest and bad rows are files of their own"
 
 
 def test_a_file_is_forgotten_in_lineages_that_name_its_labels_otherwise_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,6 +106,14 @@ def test_a_file_from_a_clock_that_runs_ahead_waits_from_its_first_look_on() -> N
     assert states(state) == {A: "waiting"} and state.arrivals[A].landed == NOW
 
 
+def test_a_companion_from_a_clock_that_runs_ahead_holds_up_no_file() -> None:
+    ahead = replace(arrival(beside="x").companions[0], modified=NOW + timedelta(days=365))
+    beside = replace(arrival(), companions=(ahead,))
+    state = looked(LineageState(), beside)
+    assert states(state) == {A: "landed"}
+    assert states(looked(state, beside, now=LATER)) == {A: "waiting"}
+
+
 def test_a_file_waits_for_its_companions_and_another_companion_makes_it_land_again() -> None:
     young = replace(arrival(beside="x").companions[0], modified=NOW - timedelta(seconds=0.5))
     beside = replace(arrival(), companions=(young,))
@@ -186,6 +194,14 @@ def test_claims_take_the_oldest_first_and_one_batch_at_a_time() -> None:
     state = claimed(ended(state, "promoted"), "two")
     assert states(state) == {A: "claimed"}
     assert claimed(state.model_copy(update={"paused": "holiday", "batches": ()}), "three").batches == ()
+
+
+def test_nothing_is_claimed_that_may_still_be_written_is_of_another_task_or_lands_during_a_pause() -> None:
+    state = looked(LineageState(), arrival(A, age=0.5), arrival(C))
+    assert states(claimed(state)) == {A: "landed", C: "claimed"}
+    assert claimed(state, tasks=["bank"]) == state
+    paused = state.model_copy(update={"paused": "holiday"})
+    assert claimed(paused) == paused
 
 
 def test_the_holder_of_a_lineage_takes_over_what_a_dead_process_has_left() -> None:

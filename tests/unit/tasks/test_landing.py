@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from deal_core.config import DataConfig
+from deal_core.data.dataset import Landing, build_dataset
 from deal_core.data.schema import TaskSchema
+from deal_core.data.source_files import files_at
 from deal_core.errors import ConfigError
 from infra.store.local import FileStore
-from tasks.landing import choose_schema
-from tasks.lineage.record import KnownSlice
+from tasks.context import current_store
+from tasks.landing import choose_schema, landing_of
+from tasks.lineage.record import FrozenRows, KnownSlice, KnownTask
 from tasks.spec import TaskSpec
+from tests.stored_versions import put_version, version
 from tests.unit.test_stored_json import RECORD, TASKS
 
 
@@ -31,3 +37,36 @@ def test_a_known_task_stays_as_it_was_learned_and_its_earlier_test_rows_keep_the
             choose("bank", **{field: value})
     with pytest.raises(ConfigError, match="names earlier test rows"):
         choose("bank.old-1")
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize(("has_own_tests", "num_lacking"), [(False, 70), (True, 0)])
+def test_test_rows_grow_to_the_aim_unless_the_user_chose_them(
+    tmp_path: Path, has_own_tests: bool, num_lacking: int
+) -> None:
+    store, files = current_store(), [tmp_path / "rows.jsonl", tmp_path / "tests.jsonl"]
+    for file, num_rows in zip(files, (90, 30), strict=True):
+        rows = [{"text": f"{file.name} {number}", "label": "ab"[number % 2]} for number in range(num_rows)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources, tests = map(files_at, files)
+    landing = Landing(
+        sources=sources,
+        task=TaskSchema(name="bank", labels=("a", "b")),
+        config=DataConfig(),
+        test_sources=tests if has_own_tests else (),
+    )
+    manifest = build_dataset(landing, tmp_path / "dataset")
+    assert manifest.num_test == 30
+    uri = f"datasets/bank/{manifest.sha256}/l/s"
+    store.upload_folder(tmp_path / "dataset", uri)
+    known = KnownTask(
+        schema=manifest.task,
+        tests=(FrozenRows(dataset_uri=uri, num_rows=manifest.num_test),),
+        max_prompt_tokens=9,
+        max_new_tokens=9,
+    )
+    parent = version(1, dataset_sha256=manifest.sha256)
+    put_version(store, parent)
+    record, spec = replace(RECORD, lineage="l", tasks=(known,)), TaskSpec(name="bank", data=str(files[0]))
+    with landing_of(store, spec, known.schema, record, DataConfig(test_rows=100), parent=parent) as landed:
+        assert landed.num_lacking == num_lacking

@@ -87,6 +87,15 @@ def test_a_task_that_arrives_again_may_not_fall_below_its_parent_either() -> Non
     assert (round(drop.value or 0, 6), drop.limit) == (15.0, 10.0)
 
 
+def test_earlier_test_rows_of_a_task_have_a_limit_of_their_own() -> None:
+    report = make_report({"old": 0.8, "old.old-1": 0.3, "new": 0.5}, {"old": 0.8, "old.old-1": 0.8})
+    report = replace(report, slices={"old.old-1": "old"})
+    assert decide(report, GateConfig()).accepted, "the task itself has lost nothing"
+    (check,) = decide(report, GateConfig(max_old_slice_drop_points=40)).failed_checks
+    assert (check.kind, check.task, check.limit) == ("drop", "old.old-1", 40)
+    assert decide(report, GateConfig(max_old_slice_drop_points=50)).accepted
+
+
 def test_a_gain_on_an_old_task_is_no_drop() -> None:
     assert decide(make_report({"old": 0.9, "new": 0.6}, {"old": 0.1}), GateConfig(max_drop_points=0)).accepted
 

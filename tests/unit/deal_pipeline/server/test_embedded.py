@@ -9,8 +9,9 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from deal_pipeline.server.embedded import DatabaseError, require_database
+from deal_pipeline.server.embedded import DatabaseError, require_database, start_api
 
 PAGE = 4096
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
@@ -40,6 +41,13 @@ def test_a_damaged_database_is_named(database: Path, damage: str) -> None:
     with pytest.raises(DatabaseError) as refused:
         require_database()
     assert refused.value.code == "prefect-database" and f"{database} is damaged" in str(refused.value)
+
+
+def test_no_command_starts_an_api_on_a_damaged_database(database: Path) -> None:
+    """Prefect would try it again for minutes."""
+    database.write_bytes(DAMAGES["truncated"](database.read_bytes()))
+    with temporary_settings(restore_defaults={PREFECT_API_URL}), pytest.raises(DatabaseError):
+        start_api()
 
 
 def test_a_whole_database_an_empty_one_and_one_in_use_pass(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:

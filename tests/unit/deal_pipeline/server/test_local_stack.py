@@ -23,7 +23,7 @@ from prefect.states import Running
 from deal_core.errors import ConfigError
 from deal_pipeline.server import local_stack
 from deal_pipeline.server.deploy import GPU_POOL
-from deal_pipeline.server.embedded import enter_home
+from deal_pipeline.server.embedded import DatabaseError, enter_home
 from deal_pipeline.server.local_processes import (
     PART,
     SUPERVISOR,
@@ -68,6 +68,17 @@ def test_a_taken_port_is_refused_before_anything_starts(home: Path) -> None:
         with pytest.raises(ConfigError, match="--mlflow-port"):
             start_servers(home, free_port(), other.getsockname()[1], print)
     assert read_stack(home) is None
+
+
+def test_a_damaged_database_is_named_before_anything_starts(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a part was started")
+
+    (home / "prefect.db").write_bytes(b"no database " * 1000)
+    monkeypatch.setenv("PREFECT_API_DATABASE_CONNECTION_URL", f"sqlite+aiosqlite:///{home}/prefect.db")
+    monkeypatch.setattr(local_stack, "start_part", refuse)
+    with pytest.raises(DatabaseError):
+        start_servers(home, free_port(), free_port(), print)
 
 
 def test_a_command_asks_the_server_whose_database_the_environment_names(

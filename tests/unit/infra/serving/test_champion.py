@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import pytest
 from mlflow.models import Model
 
+from deal_core.config import Quantize
 from deal_core.errors import ConfigError, StoreError
 from deal_core.evaluation.answerer import GivenUpError
 from deal_core.evaluation.answering import SERVED_FILE, InputRow, ServedVersion
@@ -98,10 +99,16 @@ class Answerer:
         pass
 
 
-def files_of(number: int) -> dict[str, bytes]:
+def files_of(number: int, quantize: Quantize = "none") -> dict[str, bytes]:
     """The files of a version in the store."""
     served = ServedVersion(
-        lineage="l", base_source="b", base_name="b", tasks=(), newest_task="t", base_sha256=BASES[number - 1]
+        lineage="l",
+        base_source="b",
+        base_name="b",
+        tasks=(),
+        newest_task="t",
+        base_sha256=BASES[number - 1],
+        quantize=quantize,
     )
     return {
         "adapter_config.json": b"{}",
@@ -205,6 +212,13 @@ def test_another_base_model_is_loaded_only_where_the_version_has_one(store: Stor
         ("3", ("the base", "none")),
         ("4", None),
     ]
+
+
+def test_a_version_that_was_judged_on_a_quantized_base_model_gets_that_one(store: Store, following: Following) -> None:
+    store_version(store, files_of(1, "4bit"))
+    move(store, "5")
+    following.wait_for("Version 5 serves")
+    assert following.champion._answerer.swaps == [("5", ("the base", "4bit"))]  # type: ignore[union-attr]
 
 
 def test_a_look_takes_two_small_requests_while_nothing_moves(store: Store) -> None:

@@ -1,10 +1,14 @@
-"""Which version is named for rows that land again."""
+"""Which version is named for rows that land again, and how a run's base model is loaded later."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
-from tasks.adaptation.run import find_repeat
+import pytest
+
+from tasks.adaptation.run import find_repeat, identify_base
+from tasks.base import lend_base
 from tasks.context import current_store
 from tasks.references import DatasetRef
 from tests.stored_versions import move, put_version, version
@@ -29,3 +33,17 @@ def test_rows_that_were_split_otherwise_are_a_repeat_of_what_was_left_behind(hom
     assert find_repeat(NOW.model_copy(update={"landed_sha256": "y"}), "l") is None
     move(store, "2")
     assert find_repeat(NOW, "l") is None, "its test rows were forgotten, and the arrival brings new ones"
+
+
+def test_a_base_model_is_lent_with_the_quantization_of_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gate, `predict` and `version evaluate` borrow it. To quantize a model takes a GPU."""
+    loaded: list[str] = []
+
+    def load(source: str, quantize: str) -> SimpleNamespace:
+        loaded.append(quantize)
+        return SimpleNamespace(name=source, sha256="0" * 64)
+
+    monkeypatch.setattr("tasks.adaptation.run.load", load)
+    monkeypatch.setattr("tasks.base.load", load)
+    lend_base(identify_base("a model", "4bit"))
+    assert loaded == ["4bit", "4bit"]

@@ -139,6 +139,17 @@ def test_reports_of_the_runs_with_rows_go_and_figures_stay(store: FileStore) -> 
     assert plan_forgetting(store, arrival_of(store)).held == ()
 
 
+def test_rows_that_a_killed_run_left_without_their_manifest_go_with_any_arrival_of_the_task(store: FileStore) -> None:
+    """Nobody knows of which arrival they are. Rows of another task stay."""
+    for task in ("bank", "clinic"):
+        for name in ("train.parquet", "test.parquet"):
+            store.put_bytes(f"{keys.dataset_uri(task, '9' * 64, 'l', 's' * 64)}/{name}", b"a row")
+    plan = plan_forgetting(store, arrival_of(store))
+    assert {each.kind for each in plan.held} == {"report", "training rows", "test rows"}
+    forget_held(store, plan)
+    assert {keys.task_and_digest(info.key)[0] for info in store.list("datasets")} == {"clinic"}
+
+
 @pytest.mark.parametrize("num_deleted", [0, 1, 3])
 def test_orders_for_mlflow_outlive_a_call_that_is_killed_while_it_removes(
     store: FileStore, monkeypatch: pytest.MonkeyPatch, num_deleted: int

@@ -15,7 +15,7 @@ from infra.promotions import Move, PromotionLog
 from infra.store.format import write_format
 from infra.versions import Version, Versions
 from tasks.context import current_store
-from tasks.lineage.promotion import find_left_behind, promote_to, reject_version, roll_back
+from tasks.lineage.promotion import find_left_behind, promote_accepted, promote_to, reject_version, roll_back
 from tasks.lineage.promotion import left_behind as left_behind_by
 from tasks.lineage.tombstones import Tombstone, put_tombstone
 from tests.stored_versions import move, put_version, version
@@ -72,6 +72,41 @@ def test_a_version_of_an_open_branch_is_not_rejected() -> None:
     assert reject_version("l", "4", who="tester", why="a test").action == "rejected"
 
 
+def champion() -> str | None:
+    found = Versions(current_store()).champion("l")
+    return found and found.version
+
+
+def test_a_run_promotes_its_version_once_and_none_that_a_person_refused_or_another_has_overtaken(home: Path) -> None:
+    store = current_store()
+
+    def promote(number: str) -> None:
+        version = Versions(store).find("l", number)
+        assert version is not None
+        promote_accepted(store, version)
+
+    for number in (1, 2):
+        put(number, number - 1 or None)
+        promote(str(number))
+        assert champion() == str(number)
+    roll_back("l", None, who="tester", why="a test")
+    promote("2")  # its run is started again
+    assert champion() == "1" and left_behind() == ["2"]
+    put(3, 1)
+    reject_version("l", "3", who="tester", why="a test")
+    put(4, 2)
+    for number in ("3", "4"):
+        with pytest.raises(RegistryError):
+            promote(number)
+        assert champion() == "1"
+
+
+@pytest.mark.usefixtures("versions")
+def test_a_person_goes_back_to_a_version_that_served_also_after_a_rollback() -> None:
+    for number in ("1", "2"):
+        assert roll_back("l", number, who="tester", why="a test").champion == champion() == number
+
+
 def left_behind() -> list[str]:
     return [each.version for each in find_left_behind("l")]
 
@@ -122,8 +157,7 @@ def test_who_goes_back_to_a_version_whose_adapter_goes_meanwhile_is_refused_and_
     monkeypatch.setattr(PromotionLog, "add", add_after_a_note)
     with pytest.raises(RegistryError):
         roll_back("l", "1", who="tester", why="a test")
-    champion = Versions(store).champion("l")
-    assert champion is not None and champion.version == "2"
+    assert champion() == "2"
 
 
 def test_an_arrival_whose_version_is_tried_on_live_traffic_is_not_left_behind(home: Path) -> None:
