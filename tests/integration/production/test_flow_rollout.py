@@ -64,7 +64,7 @@ def newest_move() -> tuple[str, str, str | None, str]:
 
 def test_a_version_in_rollout_is_neither_champion_nor_parent_nor_left_behind() -> None:
     version = begin("a")
-    assert (in_rollout(), champion(), standing("4")) == ("4", "3", "in rollout")
+    assert (in_rollout(), champion(), standing("4")) == ("4", "3", "rollout")
     assert newest_move() == ("rollout", "4", "3", "gate")
     num_moves = len(PromotionLog(current_store()).moves("l"))
     store = current_store()
