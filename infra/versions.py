@@ -132,7 +132,7 @@ class Version(Stored):
     """Mean of what a task had gained over the base model before it was learned."""
     debts: Annotated[
         Mapping[str, float],
-        Shown("lost", unit="points", of="most_lost", spare=1, only="table"),
+        Shown("debt", unit="points", of="most_lost", spare=1, only="table"),
         Shown("lost since it was learned", unit="points", only="facts"),
     ] = {}
     """Points that each task has lost since it was learned, over all versions together; below 0: gained."""
@@ -153,7 +153,7 @@ class Version(Stored):
     """The branch that made it (deal lineage branch); None: it was made to continue the champion."""
     remakes: str | None = None
     """The version whose arrival it learned again, if a branch made it."""
-    accepted: Annotated[bool, Shown("state", of="standing", is_state=True)]
+    accepted: Annotated[bool, Shown("state", of="state", is_state=True)]
     """Whether its gate accepted it."""
     reasons: tuple[str, ...] = ()
     """Why the gate rejected it."""
@@ -256,6 +256,11 @@ class Version(Stored):
     def standing(self) -> Standing:
         """What it is now."""
         return self.since.standing
+
+    @property
+    def state(self) -> str:
+        """Its standing, and whether its gate could not have seen a drop."""
+        return f"{self.standing}, unsure" if self.unsure and self.accepted else self.standing
 
     @property
     def is_rejected(self) -> bool:

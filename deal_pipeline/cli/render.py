@@ -23,11 +23,10 @@ from deal_core.shown import Shown
 
 NOTHING = "–"
 """Stands for a value that is not there."""
-COLOURS = {
-    "green": ("accepted", "learned", "promoted", "up", "fits"),
-    "red": ("rejected", "refused", "failed", "gone", "alarm", "worse", "too much"),
-}
-"""The words with which good and bad states begin; other states are yellow."""
+GOOD = ("accepted", "learned", "promoted", "up", "fits")
+"""States that are green."""
+BAD = ("rejected", "refused", "failed", "gone", "alarm", "worse", "too much")
+"""The words with which states begin that are red. Other states are yellow."""
 LONG_WORD = 20
 """A longer word, such as a path, may be broken on a narrow screen."""
 _MISSING = frozenset({NOTHING, ""})
@@ -157,7 +156,7 @@ def _cell(text: str, shown: Shown) -> str:
     """A text as markup."""
     if not shown.is_state or text in _MISSING:
         return escape(text)
-    colour = next((colour for colour, words in COLOURS.items() if text.startswith(words)), "yellow")
+    colour = "green" if text in GOOD else "red" if text.startswith(BAD) else "yellow"
     return f"[{colour}]{escape(text)}[/]"
 
 
