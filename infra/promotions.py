@@ -69,20 +69,9 @@ class LeftBehind(BaseModel, frozen=True, from_attributes=True):
     """Digest of the arrival's dataset."""
 
 
-class Decision(BaseModel, frozen=True):
+class Decision(Change):
     """A move of the champion or a rejection, and what it leaves behind."""
 
-    action: Action
-    lineage: str
-    version: str
-    """The version that was decided about."""
-    before: str | None
-    """The earlier champion."""
-    champion: str | None
-    """The new champion."""
-    who: str
-    """A person's account, or the part of the pipeline that decided."""
-    why: str
     left_behind: tuple[LeftBehind, ...] = ()
     """Arrivals that only the earlier champion had learned; `deal version requeue` learns them again."""
 

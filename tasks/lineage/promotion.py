@@ -91,8 +91,8 @@ def move_champion(
     why: str,
     run: str | None = None,
     branch: int | None = None,
-) -> None:
-    """Make a version the champion, or let it be tried on live traffic. Do nothing if it is so already.
+) -> Change:
+    """Make a version the champion, or let it be tried on live traffic; return the change. If it is so, do nothing.
 
     A rollout leaves the champion as it is, and ends the rollout of another version: that version is left behind.
 
@@ -112,11 +112,6 @@ def move_champion(
         is_done, champion, kind = opened is not None and opened.version == own, before, version.rollout.kind
     else:
         is_done, champion, kind = before == own, own, None
-    if is_done:
-        return
-    present = Versions(store).find(lineage, own)  # the caller's copy may be older than the log
-    if present is not None and present.approval == "refused":
-        raise RegistryError(rejected_by_person(present))
     change = Change(
         action=action,
         lineage=lineage,
@@ -129,6 +124,11 @@ def move_champion(
         rollout=kind,
         branch=branch,
     )
+    if is_done:
+        return change
+    present = Versions(store).find(lineage, own)  # the caller's copy may be older than the log
+    if present is not None and present.approval == "refused":
+        raise RegistryError(rejected_by_person(present))
     if before == expected and (move := log.add(last, change)) is not None:
         removed = Versions(store).find(lineage, own)
         if action != "rollout" and removed is not None and removed.since.adapter_removed:  # a deletion was faster
@@ -139,7 +139,7 @@ def move_champion(
             )
             log.add(move, undone)
             require_adapter(removed)
-        return
+        return change
     winner = log.last(lineage)
     by = f" by {winner.who} ({winner.why})" if winner else ""
     what = "tried on live traffic" if action == "rollout" else "made champion"
@@ -176,19 +176,16 @@ def promote_to(lineage: str, version: str, *, who: str, why: str, run: str | Non
     """
     store = current_store()
     chosen = _to_promote(store, lineage, version)
-    before = chosen.parent_version
-    begins_rollout = chosen.approval == "awaiting" and chosen.rollout is not None
-    action: Literal["promoted", "rollout"] = "rollout" if begins_rollout else "promoted"
-    move_champion(store, chosen, expected=before, action=action, who=who, why=why, run=run)
-    return Decision(
-        action=action,
-        lineage=lineage,
-        version=version,
-        before=before,
-        champion=before if begins_rollout else version,
+    change = move_champion(
+        store,
+        chosen,
+        expected=chosen.parent_version,
+        action="rollout" if chosen.approval == "awaiting" and chosen.rollout is not None else "promoted",
         who=who,
         why=why,
+        run=run,
     )
+    return Decision.model_validate(change, from_attributes=True)
 
 
 def _to_promote(store: ObjectStore, lineage: str, version: str) -> Version:
@@ -227,18 +224,10 @@ def roll_back(lineage: str, to: str | None, *, who: str, why: str) -> Decision:
     """
     store = current_store()
     champion, chosen = _to_roll_back(store, lineage, to)
-    move_champion(store, chosen, expected=champion.version, action="rolled back", who=who, why=why)
+    change = move_champion(store, chosen, expected=champion.version, action="rolled back", who=who, why=why)
     versions = Versions(store).all(lineage)
-    return Decision(
-        action="rolled back",
-        lineage=lineage,
-        version=chosen.version,
-        before=champion.version,
-        champion=chosen.version,
-        who=who,
-        why=why,
-        left_behind=left_behind(descent(versions, champion), descent(versions, chosen)),
-    )
+    left = left_behind(descent(versions, champion), descent(versions, chosen))
+    return Decision(**change.model_dump(), left_behind=left)
 
 
 def _to_roll_back(store: ObjectStore, lineage: str, to: str | None) -> tuple[Version, Version]:
