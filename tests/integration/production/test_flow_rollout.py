@@ -131,7 +131,7 @@ def test_the_commands_say_what_is_tried(home: Path) -> None:
     found = json.loads(deal("rollout", "status", "--apply", "--json"))
     assert found["decision"] is None and found["status"]["report"]["verdict"] == "goes on"
     assert "0 of 200 answers count. It goes on." in deal("rollout", "status")
-    assert "in rollout" in deal("version", "list")
+    assert "rollout" in deal("version", "list")
     status = CliRunner().invoke(app, ["status", "--home", str(home)]).stdout
     assert "l rollout: version 4 is tried (canary) since" in status
     assert "Champion of l: version 4" in deal("rollout", "finish", "--reason", "enough")
