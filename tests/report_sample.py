@@ -104,7 +104,11 @@ def sample_versions(**changes: Any) -> tuple[Version, ...]:
         "standing": "rejected by the gate",
     }
     return tuple(
-        version(number, parent, task=task, lineage="support", average_accuracy=0.8, **{"accepted": number < 3, **more})
+        version(
+            number,
+            parent,
+            **{"lineage": "support", "task": task, "average_accuracy": 0.8, "accepted": number < 3, **more},
+        )
         for number, task, parent, more in (
             (1, "bank", None, {}),
             (2, "clinic", 1, {}),

@@ -104,7 +104,7 @@ def size_text(num_bytes: float) -> str:
     return f"{num_bytes:,.2f} GiB"
 
 
-def _fields(result: Any) -> Iterable[tuple[str, Shown]]:
+def _fields(result: object) -> Iterable[tuple[str, Shown]]:
     """The name and the `Shown` of each field that is drawn. A field may be drawn in two ways."""
     if result is None:
         return ()
@@ -174,8 +174,7 @@ class _Drawn(NamedTuple):
 def _table(columns: Sequence[_Drawn], title: str) -> list[RenderableType]:
     table = _FittingTable(box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(column.heading for column in columns))
     for column in columns:
-        justify = "right" if column.is_right else "left"
-        table.add_column(escape(column.heading), justify=justify, overflow="fold")
+        table.add_column(escape(column.heading), justify="right" if column.is_right else "left", overflow="fold")
     for cells in zip(*(column.cells for column in columns), strict=True):
         table.add_row(*cells)
     spare = [place for place, column in enumerate(columns) if column.spare]

@@ -38,7 +38,7 @@ class Run(BaseModel):
 
 
 @dataclass(frozen=True)
-class Test:
+class Part:
     """A part of a result."""
 
     size: Annotated[int, Shown(unit="bytes")]
@@ -83,12 +83,12 @@ def test_one_result_has_a_line_for_each_field() -> None:
         ["digest", "abcd"],
         ["tasks, %", "bank 50.0, clinic 100.0"],
     ]
-    assert cells(render_facts(Test(1), Test(2**21)))[0] == ["size", "1 B", "2.0 MiB"]
+    assert cells(render_facts(Part(1), Part(2**21)))[0] == ["size", "1 B", "2.0 MiB"]
 
 
 def test_results_side_by_side_stand_once() -> None:
     run, other = Run(name="one"), Run(name="two")
-    rows = [(run, Test(5, is_bad=True)), (run, Test(2000)), (other, None)]
+    rows = [(run, Part(5, is_bad=True)), (run, Part(2000)), (other, None)]
     assert cells(render(rows))[1:] == [
         ["one", "+0.50", "accepted", "base", "5 B", "alarm"],
         ["2.0 KiB"],
@@ -106,7 +106,7 @@ def test_on_a_narrow_screen_no_word_is_broken_and_spare_columns_are_left_out() -
     text = drawn(render(rows), 40)
     assert all(len(line) <= 40 for line in text.splitlines())
     assert {*" ".join(map(str, rows[0].values())).split()} <= {*text.split()}
-    wide, narrow = (drawn(render([Run(name="one", share=0.5)]), width) for width in (80, 50))
+    wide, narrow = (drawn(render([Run(name="one", share=0.5)]), width) for width in (80, 42))
     assert "points" in wide and "points" not in narrow and "accepted" in narrow
 
 
