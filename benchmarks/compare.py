@@ -30,7 +30,7 @@ from benchmarks.output import Base
 from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.method_config import MethodConfig
-from deal_pipeline.cli.console import heading, interval, new_table, points
+from deal_pipeline.cli.render import render
 from tasks.adaptation.run import identify_base
 
 LOOK_SECONDS = 2.0
@@ -149,25 +149,22 @@ def compare(
     console = Console()
     for table in tables(read_cells(out)):
         shared = json.loads(table.key)
-        console.print(heading(f"Suite {table.suite}, {shared[0]} training rows a task, {shared[1]} test rows"))
-        console.print(_shown(summarise(table)))
+        title = f"Suite {table.suite}, {shared[0]} training rows a task, {shared[1]} test rows"
+        console.print(*render(map(_row, summarise(table)), title), sep="\n")
 
 
-def _shown(methods: Sequence[Mapping[str, Any]]) -> Any:
-    numbers = ["runs", "AA", "forgetting", "BWT", "FWT", "AA minus deal (95 % CI)"]
-    shown = new_table("strategy", "order", *numbers, right=numbers)
-    for figures in methods:
-        shown.add_row(
-            method_name(figures["strategy"], figures["changes"]),
-            " and ".join(figures["orders"]),
-            str(figures["num_cells"]),
-            points(figures["average_accuracy"]),
-            points(figures["forgetting"]),
-            points(figures["backward_transfer"]),
-            points(figures["forward_transfer"]),
-            interval(figures.get("difference_points_ci95")),
-        )
-    return shown
+def _row(figures: Mapping[str, Any]) -> dict[str, Any]:
+    difference = figures.get("difference_points_ci95")
+    return {
+        "strategy": method_name(figures["strategy"], figures["changes"]),
+        "order": " and ".join(figures["orders"]),
+        "runs": figures["num_cells"],
+        "AA": figures["average_accuracy"],
+        "forgetting": figures["forgetting"],
+        "BWT": figures["backward_transfer"],
+        "FWT": figures["forward_transfer"],
+        "AA minus deal (95 % CI)": difference and "{:+.1f} ({:+.1f} to {:+.1f})".format(*difference),
+    }
 
 
 if __name__ == "__main__":

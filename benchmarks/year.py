@@ -190,7 +190,7 @@ def deal(folder: Path, *words: str) -> Any:
 def champion_now(folder: Path) -> tuple[str, dict[str, float]]:
     """Return the champion's number, and its accuracy on each task that it knows."""
     versions = deal(folder, "version", "list", "--lineage", LINEAGE)
-    champion = next(version["version"] for version in versions if "champion" in version["aliases"])
+    champion = next(version["version"] for version in versions if "champion" in version["since"]["aliases"])
     matrix = deal(folder, "version", "list", "--matrix", "--lineage", LINEAGE)
     scores = dict(zip(matrix["tasks"], matrix["rows"][-1], strict=True))
     return champion, {task: scores[task] for task in TASKS if scores.get(task) is not None}

@@ -203,7 +203,7 @@ class Lineage:
         Raises:
             CommandError: The home or its servers cannot be used.
         """
-        versions = self._versions() or []
+        versions = [{**version, **version["since"]} for version in self._versions() or []]
         return pd.DataFrame(versions, columns=None if versions else ["version", "task", "aliases"]).set_index("version")
 
     def matrix(self) -> pd.DataFrame:

@@ -368,7 +368,7 @@ def _say(notes: Iterable[str]) -> None:
         reporter().said(f"    {note}")
 
 
-_PROMOTED = {"promoted": "is champion", "awaiting-approval": "awaits approval", "rollout": "is tried on live traffic"}
+_PROMOTED = {"promoted": "is champion", "awaiting approval": "awaits approval", "rollout": "is tried on live traffic"}
 
 
 def _describe_dataset(dataset: DatasetRef) -> str:
@@ -391,8 +391,8 @@ def repeated(version: Version, dataset: DatasetRef) -> AdaptResult:
     messages = {
         "learned": f"version {number} has learned from this arrival; --force trains anew.",
         "awaiting approval": f"{trained} and {_awaits_approval(version)}.",
-        "in rollout": f"{trained} and {_in_rollout(version)}.",
-        "in a branch": f"{trained} again, and waits for the end of its branch.",
+        "rollout": f"{trained} and {_in_rollout(version)}.",
+        "remade": f"{trained} again, and waits for the end of its branch.",
         "left behind": f"{trained}, but the champion does not continue it; learn it again with "
         f"deal version requeue {number}{option}.",
         "rejected by a person": f"{trained} and was rejected; change the settings or give --force.",

@@ -110,7 +110,7 @@ async def learn_together(lineage: str, start: Start, settings: WatchedLineage | 
         )
         # By the key a run that was interrupted goes on.
         if version := await stages.run("repeat", Versions(store).with_run_key, lineage, inputs.run_key):
-            why = f"has learned the same rows with the same settings: it is {version.standing}"
+            why = f"has learned the same rows with the same settings ({version.standing})"
             return _repeated(version, inputs.dataset, why)
         run = await stages.run("start", runs.start_run, inputs)
         async with failing(run):

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from typing import Annotated
 
 from prefect import flow, runtime
 from pydantic import BaseModel
@@ -27,10 +28,12 @@ from deal_core.errors import (
     in_one_line,
 )
 from deal_core.safe_text import listed
+from deal_core.shown import Shown
 from flows.adapt import AdaptResult, adapt_locked
 from flows.consolidate import ConsolidationLook, consolidate_locked, look_at_consolidation
 from flows.lock import LineageBusyError, lock_lineage
 from infra.lineage_state import Batch, LineageState, read_state, update
+from infra.outcomes import Outcome
 from infra.settings import InboxSettings
 from infra.store.base import ObjectStore
 from infra.store.keys import INBOX, SUCCESS_FILE, task_of
@@ -52,14 +55,14 @@ MAX_NAME = 200
 class Seen(BaseModel, frozen=True):
     """A file that was handled, and the outcome."""
 
-    key: str
+    key: Annotated[str, Shown("file")]
     """The file, as inbox/TASK/FILE."""
-    outcome: str
-    """What became of it, in a word such as promoted, rejected, refused or failed."""
-    message: str
-    """What became of it, in one sentence."""
-    version: str | None
+    outcome: Annotated[Outcome, Shown()]
+    """What became of it."""
+    version: Annotated[str | None, Shown()]
     """The version that learned it, if one did."""
+    message: Annotated[str, Shown("what happened")]
+    """What became of it, in one sentence."""
 
 
 class WatchResult(BaseModel, frozen=True):

@@ -14,10 +14,11 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from deal_core.shown import ACCEPTED, Shown
 from infra.deleted_inputs import UnknownRows
 from infra.promotions import Move
 from infra.store import keys
@@ -36,9 +37,9 @@ class _Part(BaseModel):
 class Step(_Part):
     """An arrival that a branch learns."""
 
-    version: str
+    version: Annotated[str, Shown()]
     """The version that learned it before."""
-    task: str
+    task: Annotated[str, Shown()]
     labels: tuple[str, ...] = ()
     """Labels that were added to the task by command before that version was made."""
     renews_tests: bool = False
@@ -50,10 +51,10 @@ class Step(_Part):
 class Lost(_Part):
     """An arrival that cannot be learned again."""
 
-    version: str
+    version: Annotated[str, Shown()]
     """The version that learned it."""
-    task: str
-    why: str
+    task: Annotated[str, Shown()]
+    why: Annotated[str, Shown()]
 
 
 class DeletedRows(ArrivalDigests, _Part):
@@ -115,11 +116,11 @@ class Branch(Stored):
 class Remade(_Part):
     """A version that a branch made."""
 
-    version: str
-    remakes: str
+    version: Annotated[str, Shown()]
+    remakes: Annotated[str, Shown("made again from")]
     """The version whose arrival it learned."""
-    task: str
-    accepted: bool
+    task: Annotated[str, Shown()]
+    accepted: Annotated[bool, ACCEPTED]
     adapter_sha256: str
     """Digest of all files of its adapter together."""
 

@@ -18,6 +18,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from deal_core.monitoring.report import AlarmKind
+from infra.outcomes import Outcome
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.stored import Stored, parse_stored, read_stored, reading_stored, update_stored
@@ -25,9 +26,6 @@ from infra.store.stored import Stored, parse_stored, read_stored, reading_stored
 State = Literal["landed", "waiting", "claimed", "failed", "held"]
 """landed: it may still be written. waiting: it is complete, and not claimed. claimed: a run learns it, or will. failed:
 its last try failed. held: it waits for a person."""
-Outcome = Literal["promoted", "awaiting approval", "rollout", "rejected", "repeat", "skipped", "refused", "deleted"]
-"""How an arrival ended."""
-
 _ended: dict[tuple[str, str], tuple[str, EndedArrivals]] = {}
 """Years that this process has read, with their ETags, by the store's address and the key."""
 

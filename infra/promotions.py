@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from deal_core.judging_config import RolloutKind
+from deal_core.shown import Shown
+from infra.outcomes import Action
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.stored import Stored, parse_stored, read_folder, reading_stored, write_stored
 
-Action = Literal["promoted", "rolled back", "rejected", "rollout", "stopped"]
-"""rollout: the version is tried on live traffic; its promotion or rejection ends that. stopped: no version is champion
-any more, until versions were made again."""
 ENDING = frozenset({"promoted", "rolled back"})
 """Actions that move the champion. A rollout compares with the champion, so each of them ends it."""
 
@@ -34,17 +33,17 @@ class Change(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    action: Action
+    action: Annotated[Action, Shown("what")]
     lineage: str
-    version: str
+    version: Annotated[str, Shown()]
     """The version that the action is about."""
     before: str | None
     """The champion before; None: there was none."""
-    champion: str | None
+    champion: Annotated[str | None, Shown()]
     """The champion after; only `promoted`, `rolled back` and `stopped` change it."""
-    who: str
+    who: Annotated[str, Shown()]
     """A person's account, or the part of the pipeline that made the change."""
-    why: str
+    why: Annotated[str, Shown()]
     run: str | None = None
     """Key of the adaptation run, if a run made the change."""
     rollout: RolloutKind | None = None
@@ -58,32 +57,21 @@ class Move(Change, Stored):
 
     number: int = Field(ge=1)
     """Counts from 1 within the lineage."""
-    when: datetime
+    when: Annotated[datetime, Shown(format="%Y-%m-%d %H:%M:%S")]
 
 
 class LeftBehind(BaseModel, frozen=True, from_attributes=True):
     """A version that the champion does not continue, and the arrival that the version learned."""
 
-    version: str
-    task: str
-    dataset_sha256: str
+    version: Annotated[str, Shown()]
+    task: Annotated[str, Shown()]
+    dataset_sha256: Annotated[str, Shown("dataset", format=".12")]
     """Digest of the arrival's dataset."""
 
 
-class Decision(BaseModel, frozen=True):
+class Decision(Change):
     """A move of the champion or a rejection, and what it leaves behind."""
 
-    action: Action
-    lineage: str
-    version: str
-    """The version that was decided about."""
-    before: str | None
-    """The earlier champion."""
-    champion: str | None
-    """The new champion."""
-    who: str
-    """A person's account, or the part of the pipeline that decided."""
-    why: str
     left_behind: tuple[LeftBehind, ...] = ()
     """Arrivals that only the earlier champion had learned; `deal version requeue` learns them again."""
 

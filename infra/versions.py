@@ -10,9 +10,9 @@ version what became of it as `since`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -21,6 +21,8 @@ from deal_core.errors import RegistryError, StoreError
 from deal_core.evaluation.arrival_check import ArrivalScore
 from deal_core.judging_config import RolloutTerms
 from deal_core.safe_text import without_secrets
+from deal_core.shown import Shown
+from infra.outcomes import Outcome, Standing
 from infra.promotions import ENDING, UNTIL_THEN, Move, PromotionLog, rollout_of
 from infra.store import keys
 from infra.store.base import ObjectStore
@@ -30,20 +32,6 @@ Alias = Literal["champion", "challenger", "previous", "rollout"]
 """champion serves, previous served before it, and challenger is the newest version that was accepted and not rolled
 back. rollout is tried on live traffic."""
 ApprovalState = Literal["awaiting", "given", "refused"]
-Standing = Literal[
-    "learned",
-    "awaiting approval",
-    "in rollout",
-    "in a branch",
-    "left behind",
-    "rejected by the gate",
-    "rejected by a person",
-    "rejected by its rollout",
-]
-"""left behind: accepted, but not an ancestor of the champion, because the lineage was rolled back or moved past it.
-
-in a branch: accepted, but made again by a branch that was not swapped in; see `infra.branches`.
-A version awaits approval only while its parent is champion."""
 SCORES = ("average_accuracy", "forgetting", "backward_transfer", "forward_transfer")
 ROLLOUT = "rollout"
 """The name in the promotion log for an end of a rollout without a person."""
@@ -91,7 +79,7 @@ class Rollback(BaseModel, frozen=True, from_attributes=True):
 
 
 class Since(BaseModel):
-    """What became of a version after it was registered."""
+    """What became of a version after it was registered, by the promotion log and by later notes about it."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -104,99 +92,110 @@ class Since(BaseModel):
     refused_by: str | None = None
     rolled_back: Rollback | None = None
     """None: it was never rolled back, or serves again since, itself or in a version that continues it."""
+    adapter: str = ""
+    """Full address of its PEFT folder."""
     adapter_removed: str | None = None
+    """The day on which its adapter was removed."""
     standing: Standing = "left behind"
 
 
-class VersionFacts(BaseModel, frozen=True):
-    """What is stored of a version, and shown in the history of its lineage.
+class Version(Stored):
+    """A version of a lineage: an adapter, its origin, its scores, the decision of the gate, and what became of it.
 
-    `version` and `parent_version` are numbers as text, as commands name them. Scores and accuracies are 0 to 1 (points
-    of forgetting and transfer divided by 100), None where a lineage has too few tasks for them.
+    This is the one model of a version: what is stored of it, what `--json` prints, and what a person sees. A table has
+    the fields that have a `Shown`, in this order. Scores and accuracies are 0 to 1 (points of forgetting and transfer
+    divided by 100), None where a lineage has too few tasks for them.
     """
 
-    version: str = UNREGISTERED
+    NOT_STORED: ClassVar = frozenset({"since"})
+
+    lineage: str
+    version: Annotated[str, Shown()] = UNREGISTERED
+    """Its number as text, as commands name it."""
     kind: Literal["adaptation", "consolidation"] = "adaptation"
     """An adaptation has learned one arrival. A consolidation has learned all that is left of all arrivals together."""
-    task: str
-    """The task that it learned; of a consolidation the task that its parent learned last."""
-    strategy: str
-    parent_version: str | None
+    parent_version: Annotated[str | None, Shown("parent", words={None: "base"})]
     """The version that it continues; None: it starts from the base model. A consolidation is judged against it."""
-    branch: int | None = None
-    """The branch that made it (deal lineage branch); None: it was made to continue the champion."""
-    average_accuracy: float | None
+    starts_from_base: bool = False
+    """Whether it is a consolidation whose weights start from the base model, not from its parent's."""
+    task: Annotated[str, Shown("task", of="learned")]
+    """The task that it learned; of a consolidation the task that its parent learned last."""
+    arrivals: tuple[LearnedArrival, ...] = ()
+    """The arrivals that a consolidation learned, oldest first; empty for an adaptation."""
+    average_accuracy: Annotated[float | None, Shown("accuracy", unit="%")]
     """Mean accuracy on all tasks that it knows."""
-    forgetting: float | None
+    forgetting: Annotated[float | None, Shown(unit="%")]
     """Mean of what the earlier tasks have lost since their best version; below 0: a gain."""
     backward_transfer: float | None
     """Mean of what the earlier tasks have gained since they were learned."""
     forward_transfer: float | None
     """Mean of what a task had gained over the base model before it was learned."""
-    arrival: ArrivalScore | None = None
+    debts: Annotated[
+        Mapping[str, float],
+        Shown("debt", unit="points", of="most_lost", spare=1, only="table"),
+        Shown("lost since it was learned", unit="points", only="facts"),
+    ] = {}
+    """Points that each task has lost since it was learned, over all versions together; below 0: gained."""
+    arrival: Annotated[ArrivalScore | None, Shown("on arrival", unit="%", format=ArrivalScore.score, spare=4)] = None
     """What the version before it scored on the arrival before anything was trained on it; None: the task was new, or no
     row could be asked."""
-    general: Mapping[str, float] = {}
+    general: Annotated[Mapping[str, float], Shown("general ability", unit="%", only="facts")] = {}
     """Its score on each suite of general ability that is on, 0 to 1."""
-    debts: Mapping[str, float] = {}
-    """Points that each task has lost since it was learned, over all versions together; below 0: gained."""
-    base_divergence: float | None = None
+    base_divergence: Annotated[
+        float | None, Shown("KL to the base model", unit="nats a token", format=".3f", only="facts")
+    ] = None
     """How far it is from the base model on test rows of the task that it learned: KL(base ‖ version) in nats per answer
     token; None: not measured."""
-    accepted: bool
+    accuracies: Mapping[str, float]
+    """Its row of the accuracy matrix, by task. The whole matrix is in its record."""
+    strategy: Annotated[str, Shown(spare=2)]
+    branch: Annotated[int | None, Shown(spare=5)] = None
+    """The branch that made it (deal lineage branch); None: it was made to continue the champion."""
+    remakes: str | None = None
+    """The version whose arrival it learned again, if a branch made it."""
+    accepted: Annotated[bool, Shown("state", of="state", is_state=True)]
     """Whether its gate accepted it."""
     reasons: tuple[str, ...] = ()
     """Why the gate rejected it."""
+    failed_checks: tuple[Mapping[str, Any], ...] = ()
+    """The reasons for programs: kind, task, value and limit of each."""
     unsure: tuple[str, ...] = ()
     """If its gate accepted it: the tasks on which the gate could not have seen a drop of gate.max_drop_points, and
     what it could have seen."""
-    created: datetime = Field(default_factory=lambda: datetime.now(UTC))
-    dataset_sha256: str
-    """Digest of the dataset that it learned."""
-    run_key: str
-    """Key of its adaptation. At most one version has it."""
-
-
-class Version(VersionFacts, Stored):
-    """A version of a lineage: an adapter, its origin, its scores and the decision of the gate."""
-
-    lineage: str
-    starts_from_base: bool = False
-    """Whether it is a consolidation whose weights start from the base model, not from its parent's."""
-    arrivals: tuple[LearnedArrival, ...] = ()
-    """The arrivals that a consolidation learned, oldest first; empty for an adaptation."""
-    moves_before: int = 0
-    """Number of the newest entry of the promotion log when it was registered; 0: the log had none."""
-    flow_run: str | None = None
-    """Id of the flow run that trained it. A restarted run keeps its id."""
-    base_sha256: str
-    landed_sha256: str
-    """Digest of the arrival's rows, independent of the lineage's test rows."""
-    requeued_sha256: str | None = None
-    """Digest of the dataset of the version that a requeue replaced by this version."""
-    remakes: str | None = None
-    """The version whose arrival it learned again, if a branch made it."""
-    config_sha256: str
-    adapter_uri: str
-    adapter_sha256: str
-    """Digest of all files of the trained adapter together; see `sha256_together`."""
-    files_sha256: Recorded
-    """The digests that each file of the adapter may have, by name."""
-    failed_checks: tuple[Mapping[str, Any], ...] = ()
-    """The reasons for programs: kind, task, value and limit of each."""
     needs_approval: bool = False
     """Whether a person has to approve it before it becomes champion."""
     rollout: RolloutTerms | None = None
     """How it is tried on live traffic before it becomes champion; None: it is not."""
+    since: Annotated[Since, Shown("alias", of="aliases")] = Since()
+    """What became of it."""
+    created: Annotated[
+        datetime, Shown("when", format="%m-%d %H:%M", spare=3, only="table"), Shown("when", only="facts")
+    ] = Field(default_factory=lambda: datetime.now(UTC))
+    moves_before: int = 0
+    """Number of the newest entry of the promotion log when it was registered; 0: the log had none."""
+    dataset_sha256: Annotated[str, Shown("dataset", format=".12", only="facts")]
+    """Digest of the dataset that it learned."""
+    landed_sha256: str
+    """Digest of the arrival's rows, independent of the lineage's test rows."""
+    requeued_sha256: str | None = None
+    """Digest of the dataset of the version that a requeue replaced by this version."""
+    base_sha256: str
+    config_sha256: str
+    run_key: str
+    """Key of its adaptation. At most one version has it."""
+    flow_run: str | None = None
+    """Id of the flow run that trained it. A restarted run keeps its id."""
     train_seconds: float
     launch: str = "local"
     """What started the processes of its training, as DEAL_LAUNCH."""
     shard: str = "none"
     """What they shared of the base model, as DEAL_SHARD."""
-    accuracies: Mapping[str, float]
-    """Its row of the accuracy matrix, by task. The whole matrix is in its record."""
-    since: Since = Field(default=Since(), exclude=True)
-    """Not stored with it."""
+    adapter_uri: str
+    """Its PEFT folder, relative to the store."""
+    adapter_sha256: str
+    """Digest of all files of the trained adapter together; see `sha256_together`."""
+    files_sha256: Recorded
+    """The digests that each file of the adapter may have, by name."""
 
     @property
     def short_key(self) -> str:
@@ -221,16 +220,27 @@ class Version(VersionFacts, Stored):
         return (LearnedArrival(task=self.task, dataset_sha256=self.dataset_sha256),)
 
     @property
-    def lesson(self) -> str:
+    def learned(self) -> str:
         """What it learned, in a few words."""
         return f"{len(self.arrivals)} arrivals together" if self.is_consolidation else self.task
+
+    @property
+    def most_lost(self) -> float | None:
+        """The points that the task has lost which has lost most since it was learned; None: no task has lost any."""
+        lost = max(self.debts.values(), default=0.0)
+        return lost if lost > 0 else None
+
+    @property
+    def parent(self) -> str:
+        """Its parent, in words."""
+        return f"version {self.parent_version}" if self.parent_version else "the base model"
 
     @property
     def origin(self) -> str:
         """What it continues, in words."""
         if self.starts_from_base:
-            return f"starts from the base model, in place of version {self.parent_version}"
-        return f"continues version {self.parent_version}" if self.parent_version else "starts from the base model"
+            return f"starts from the base model, in place of {self.parent}"
+        return f"continues {self.parent}" if self.parent_version else "starts from the base model"
 
     @property
     def approval(self) -> ApprovalState | None:
@@ -244,8 +254,13 @@ class Version(VersionFacts, Stored):
 
     @property
     def standing(self) -> Standing:
-        """Its present state."""
+        """What it is now."""
         return self.since.standing
+
+    @property
+    def state(self) -> str:
+        """Its standing, and whether its gate could not have seen a drop."""
+        return f"{self.standing}, unsure" if self.unsure and self.accepted else self.standing
 
     @property
     def is_rejected(self) -> bool:
@@ -253,12 +268,16 @@ class Version(VersionFacts, Stored):
         return not self.accepted or self.approval == "refused"
 
     @property
-    def outcome(self) -> Literal["promoted", "rejected", "awaiting-approval", "rollout"]:
-        """How its run ended."""
+    def outcome(self) -> Outcome:
+        """How its run ended, or that it was promoted since, or rejected."""
         if self.is_rejected:
             return "rejected"
+        if self.since.promoted is not None:
+            return "promoted"
+        if self.branch is not None:
+            return "remade"
         if self.approval == "awaiting":
-            return "awaiting-approval"
+            return "awaiting approval"
         return "promoted" if self.rollout is None else "rollout"
 
 
@@ -312,7 +331,7 @@ class Versions:
                 f"folder from a backup of the store. {UNTIL_THEN}",
                 code="moves-lost",
             )
-        since = _since(tuple(versions.values()), moves, removed)
+        since = _since(tuple(versions.values()), moves, removed, self.store.uri_of)
         return tuple(
             version.model_copy(
                 update={"since": since[number], "files_sha256": replaced.get(number, version.files_sha256)}
@@ -433,7 +452,9 @@ def _named(lineage: str, number: str) -> tuple[str, str]:
     )
 
 
-def _since(versions: Sequence[Version], moves: Sequence[Move], removed: Mapping[str, str]) -> dict[str, Since]:
+def _since(
+    versions: Sequence[Version], moves: Sequence[Move], removed: Mapping[str, str], uri_of: Callable[[str], str]
+) -> dict[str, Since]:
     """What became of each version, by its number. Both sequences are oldest first."""
     promoted: dict[str, int] = {}
     rolled_out: dict[str, int] = {}
@@ -483,9 +504,9 @@ def _since(versions: Sequence[Version], moves: Sequence[Move], removed: Mapping[
         elif number in learned:
             standing = "learned"
         elif number == aliases["rollout"]:
-            standing = "in rollout"
+            standing = "rollout"
         elif version.branch is not None and version.branch not in swapped:
-            standing = "in a branch"
+            standing = "remade"
         elif approval[number] == "awaiting" and version.parent_version == aliases["champion"]:
             standing = "awaiting approval"
         since[number] = Since(
@@ -495,6 +516,7 @@ def _since(versions: Sequence[Version], moves: Sequence[Move], removed: Mapping[
             rolled_out=rolled_out.get(number),
             refused_by=refused_by.get(number),
             rolled_back=rolled_back.get(number),
+            adapter=uri_of(version.adapter_uri),
             adapter_removed=removed.get(number),
             standing=standing,
         )

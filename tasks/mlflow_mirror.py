@@ -151,7 +151,7 @@ def _write_lineage(
                 continue
             done(entry)
         if report not in note and is_over(runs.get(version.run_key)):
-            _write_report(store, tracker, version)
+            _write_report(store, tracker, versions, version)
             done(report)
     registered = tracker.models.read(lineage)  # with the new entries
     for version in versions:
@@ -292,7 +292,7 @@ def _write_version(store: ObjectStore, tracker: Tracker, run: Run | None, versio
         run_id=tracked.run_id,
         model_id=model_id,
         tags={f"deal.{name}": str(value) for name, value in tags.items() if value not in (None, "")},
-        description=f"Learned **{version.lesson}** with {version.strategy}; {version.origin}. Gate: {verdict}",
+        description=f"Learned **{version.learned}** with {version.strategy}; {version.origin}. Gate: {verdict}",
     )
     tracked.set_tags({"deal.version": version.version, "deal.gate": gate})
     tracked.rename(f"{version.task}-v{version.version}")  # while it trained, it had no number
@@ -308,11 +308,11 @@ def _arrival_metrics(version: Version) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
-def _write_report(store: ObjectStore, tracker: Tracker, version: Version) -> None:
+def _write_report(store: ObjectStore, tracker: Tracker, versions: Sequence[Version], version: Version) -> None:
     """Write a version's report as artifacts and metrics of its run. A report whose rows were forgotten is left out."""
     try:
         evaluation = read_report(store, version, EVALUATION_FILE)
-        report, page = read_page(store, version)
+        report, page = read_page(store, versions, version.version)
     except (ObjectNotFoundError, RegistryError):
         return
     tracked = tracker.find(version.lineage, version.run_key)
@@ -357,7 +357,7 @@ def write_look(
             run.end()
         own = tracker.find(version.lineage, version.run_key)
         if own is not None:
-            own.log_text(PAGE_FILE, read_page(store, version)[1])
+            own.log_text(PAGE_FILE, read_page(store, Versions(store).all(version.lineage), version.version)[1])
     except DealError as error:
         logger.warning("MLflow lacks a look at version %s: %s", version.version, in_one_line(error))
 
@@ -420,7 +420,7 @@ def _follow_hand_move(store: ObjectStore, lineage: str, registered: RegisteredLi
         if log.add(last, change) is not None:
             version = Versions(store).find(lineage, chosen)
             if version is not None:
-                announce("promoted" if action == "promoted" else "rolled-back", Notice.of(version, who=BY_HAND))
+                announce(action, Notice.of(version, who=BY_HAND))
             return {"promoted": chosen}
     what = f"moved to version {chosen}" if chosen else "moved away"
     why = (
@@ -430,5 +430,5 @@ def _follow_hand_move(store: ObjectStore, lineage: str, registered: RegisteredLi
     )
     serving = Versions(store).champion(lineage)
     if serving is not None:
-        announce("alias-set-back", Notice.of(serving, reasons=(why,)))
+        announce("alias set back", Notice.of(serving, reasons=(why,)))
     return {"set_back": why}

@@ -24,33 +24,24 @@ from pydantic import BaseModel
 from deal_core.errors import DealError
 from deal_core.evaluation.interval import SURE_ROWS, wilson_interval
 from deal_core.evaluation.report import EvaluationReport
+from deal_core.monitoring.report import AlarmKind
 from deal_core.safe_text import without_secrets
+from infra.outcomes import Action, Outcome
 from infra.versions import Version
 from infra.webhook import open_webhook
 from tasks.progress import patient
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal[
-    "promoted",
-    "rejected",
-    "awaiting-approval",
-    "rollout",
-    "rolled-back",
-    "alias-set-back",
-    "held",
-    "failed",
-    "drift",
-    "quality",
-    "decayed",
-]
+Kind = Outcome | Action | AlarmKind | Literal["alias set back"]
+"""What is announced, if it has an event."""
 EVENTS: dict[Kind, str] = {
     "promoted": "deal.version.promoted",
     "rejected": "deal.version.rejected",
-    "awaiting-approval": "deal.version.awaiting-approval",
+    "awaiting approval": "deal.version.awaiting-approval",
     "rollout": "deal.version.rollout",
-    "rolled-back": "deal.version.rolled-back",
-    "alias-set-back": "deal.alias.set-back",
+    "rolled back": "deal.version.rolled-back",
+    "alias set back": "deal.alias.set-back",
     "held": "deal.arrival.held",
     "failed": "deal.adaptation.failed",
     "drift": "deal.drift.detected",
@@ -114,7 +105,7 @@ def announce(kind: Kind, notice: Notice, *, once: str | None = None, to_server: 
     event = EVENTS[kind]
     identity = uuid.uuid4() if once is None else uuid.uuid5(uuid.NAMESPACE_URL, f"{event} {notice.lineage} {once}")
     occurred = datetime.now(UTC)
-    if kind == "awaiting-approval" and to_server:
+    if kind == "awaiting approval" and to_server:
         notice = notice.model_copy(update={"decide_url": _decide_url(notice)})
     payload = notice.model_dump(mode="json")
     message = {"id": str(identity), "event": event, "occurred": occurred.isoformat(), "payload": payload}

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import BaseModel, Field
 
 from deal_core.config import Quantize
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.arrival_check import ArrivalScore
+from deal_core.shown import Shown
 from infra.report.run_report import Training
 
 
@@ -66,13 +67,13 @@ class Contradiction(Reference):
     sha256: str
     """Digest of the row."""
     file: str | None = None
-    row: int | None = None
+    row: Annotated[int | None, Shown("row", of="place")] = None
     """Number of the row in its file, from 1, without a CSV's header; None: the file is gone."""
-    text: str | None = None
+    text: Annotated[str | None, Shown()] = None
     """None: texts may not be shown."""
-    label: str | None = None
+    label: Annotated[str | None, Shown()] = None
     """The right answer, as the row says."""
-    answer: str | None = None
+    answer: Annotated[str | None, Shown("champion")] = None
     """The champion's answer."""
 
     @property

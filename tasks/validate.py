@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import pyarrow as pa
 from pydantic import BaseModel
@@ -20,6 +20,8 @@ from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.evaluation.significance import rows_to_see
 from deal_core.judging_config import GateConfig
+from deal_core.safe_text import shorten
+from deal_core.shown import Shown
 from infra.settings import HomeSettings
 from infra.store.keys import TASK_FILE
 from infra.versions import Versions
@@ -43,12 +45,12 @@ _MAX_KEPT_ROWS = 20_000
 class RefusedRow(BaseModel, frozen=True):
     """A row that would go to quarantine."""
 
-    file: str
-    row: int
+    file: Annotated[str, Shown()]
+    row: Annotated[int, Shown()]
     """Number of the row, from 1, without a CSV's header; in JSON lines the number of the line."""
-    line: int | None
+    line: Annotated[int | None, Shown()]
     """The line on which the row begins; None: the file has no lines."""
-    reasons: tuple[str, ...]
+    reasons: Annotated[tuple[str, ...], Shown("reason", format="\n".join)]
 
 
 class ShownRow(BaseModel, frozen=True):
@@ -65,9 +67,9 @@ class ShownRow(BaseModel, frozen=True):
 class LikelyWrongLabel(BaseModel, frozen=True):
     """A training row whose label is probably wrong."""
 
-    text: str
-    label: str
-    likelier: str
+    text: Annotated[str, Shown(format=shorten)]
+    label: Annotated[str, Shown(format=shorten)]
+    likelier: Annotated[str, Shown(format=shorten)]
     """The label that fits better."""
     share: float
     """p(label) / (p(label) + p(likelier)), by a classifier that did not see the row's label."""

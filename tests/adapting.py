@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from flows.adapt import AdaptResult, adapt
 from infra.report.run_report import EVALUATION_FILE, RunReport
-from infra.versions import Version
+from infra.versions import Version, Versions
 from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.record import LineageRecord, read_record
@@ -57,7 +57,8 @@ def record_of(result: AdaptResult) -> LineageRecord:
 
 def page_of(result: AdaptResult) -> tuple[RunReport, str]:
     """The report of a run's version, and its page."""
-    return read_page(current_store(), version_of(result))
+    store = current_store()
+    return read_page(store, Versions(store).all(result.lineage), result.version)
 
 
 def evaluation_of(result: AdaptResult) -> Any:

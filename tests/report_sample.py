@@ -9,8 +9,9 @@ from typing import Any
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from deal_core.evaluation.metrics import LabelFigures
 from deal_core.evaluation.report import EvaluationReport
-from infra.report.run_report import Changed, Example, Link, Origin, Quality, QuarantinedRow, RunReport, Training
-from infra.versions import SCORES
+from infra.report.run_report import Changed, Example, Quality, QuarantinedRow, RunReport, Training
+from infra.versions import Version
+from tests.stored_versions import version
 
 TASKS = ("bank", "clinic", "a-task-with-quite-a-long-name.v2")
 REASONS = (
@@ -57,19 +58,6 @@ def sample_report(**changes: Any) -> RunReport:
         scores=(1.0, 0.0),
     )
     values: dict[str, Any] = {
-        "lineage": "support",
-        "version": "4",
-        "task": TASKS[2],
-        "lesson": TASKS[2],
-        "strategy": "deal",
-        "accepted": False,
-        "dataset_sha256": DIGEST,
-        "run_key": "23" * 32,
-        **dict.fromkeys(SCORES),
-        "parent_version": "2",
-        "verdict": "rejected",
-        "reasons": REASONS,
-        "created": datetime(2026, 5, 4, 12, 30, tzinfo=UTC),
         "include_texts": True,
         "training": Training(
             num_rows=96,
@@ -100,30 +88,31 @@ def sample_report(**changes: Any) -> RunReport:
             Changed(task="clinic", num_rows=20, num_gained=1, num_lost=0, gained=(row,), lost=()),
         ),
         "seconds": {"ingest": 0.4, "train": 812.2, "evaluate": 122.0},
-        "lineage_so_far": tuple(
-            Link(
-                version=version,
-                lesson=task,
-                strategy="deal",
-                parent_version=parent,
-                accepted=version in "12",
-                average_accuracy=0.8,
-                forgetting=None,
-            )
-            for version, task, parent in (
-                ("1", "bank", None),
-                ("2", "clinic", "1"),
-                ("3", "clinic", "2"),
-                ("4", TASKS[2], "2"),
-            )
-        ),
-        "origin": Origin(
-            base="tiny",
-            base_sha256="cd" * 32,
-            dataset_sha256=DIGEST,
-            adapter_sha256="ef" * 32,
-            config_sha256="01" * 32,
-            libraries={"Python": "3.12.1"},
-        ),
+        "base": "tiny",
+        "libraries": {"Python": "3.12.1"},
     }
     return RunReport(**{**values, **changes})
+
+
+def sample_versions(**changes: Any) -> tuple[Version, ...]:
+    """The versions of the lineage; the last one goes with `sample_report`. `changes` are about that one."""
+    last = {
+        "task": TASKS[2],
+        "reasons": REASONS,
+        "created": datetime(2026, 5, 4, 12, 30, tzinfo=UTC),
+        "dataset_sha256": DIGEST,
+        "standing": "rejected by the gate",
+    }
+    return tuple(
+        version(
+            number,
+            parent,
+            **{"lineage": "support", "task": task, "average_accuracy": 0.8, "accepted": number < 3, **more},
+        )
+        for number, task, parent, more in (
+            (1, "bank", None, {}),
+            (2, "clinic", 1, {}),
+            (3, "clinic", 2, {}),
+            (4, TASKS[2], 2, {**last, **changes}),
+        )
+    )

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from infra.promotions import ENDING, Action, Change, Move, PromotionLog
+from infra.outcomes import Action
+from infra.promotions import ENDING, Change, Move, PromotionLog
 from infra.run_journal import Run
 from infra.store import keys
 from infra.store.base import ObjectStore
+from infra.store.stored import write_stored
 from infra.versions import UNREGISTERED, Since, Version, Versions
 
 CREATED = datetime(2020, 5, 30, tzinfo=UTC)
@@ -105,7 +107,7 @@ def unregistered(number: int, parent: int | None = None, **changes: Any) -> Vers
 def put_version(store: ObjectStore, stored: Version) -> str:
     """Store a version under its own number; return its key."""
     key = keys.version_key(stored.lineage, int(stored.version))
-    store.put_bytes(key, stored.model_dump_json().encode())
+    write_stored(store, key, stored)
     return key
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, PlainSerializer
 
+from deal_core.evaluation.interval import CellScore
 from deal_core.schema_version import JsonOf, VersionedJson
 
 CONSOLIDATED = "(consolidation)"
@@ -15,15 +16,6 @@ CONSOLIDATED = "(consolidation)"
 
 
 Value = TypeVar("Value")
-
-
-class CellScore(NamedTuple):
-    """A score of one version on one task."""
-
-    share: float | None
-    """None: not measured."""
-    num_rows: int | None
-    """Its test rows; None: not known."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from deal_core.config import FORBID_UNKNOWN
 from deal_core.evaluation.estimate import above_threshold
-from deal_core.evaluation.interval import wilson_interval
+from deal_core.evaluation.interval import score_text, wilson_interval
 
 Verdict = Literal["as expected", "labels disagree", "texts are new", "lower"]
 """labels disagree: the score is clearly below the reference, and the confidence does not explain that. texts are new:
@@ -68,6 +68,10 @@ class ArrivalScore:
     verdict: Verdict = "as expected"
     is_released: bool = False
     """Whether the arrival was held, and a person has let it go on."""
+
+    def score(self) -> str:
+        """The score in per cent, as tables have it."""
+        return score_text(self.accuracy, self.num_rows)
 
     @property
     def figure(self) -> str:

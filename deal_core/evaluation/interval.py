@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from statistics import NormalDist
+from typing import NamedTuple
 
 CONFIDENCE = 0.95
 """Two-sided level of the intervals."""
@@ -11,6 +12,15 @@ _Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 
 SURE_ROWS = 400
 """From this number of rows on, a score is shown without its interval: the interval is at most ±5 points."""
+
+
+class CellScore(NamedTuple):
+    """A score of one version on one task."""
+
+    share: float | None
+    """None: not measured."""
+    num_rows: int | None
+    """Its test rows; None: not known."""
 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:

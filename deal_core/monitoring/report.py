@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from deal_core.errors import RegistryError
 from deal_core.schema_version import VersionedJson
+from deal_core.shown import Shown
 
 Status = Literal["compared", "too few rows", "no reference"]
 AlarmKind = Literal["drift", "quality", "decayed"]
@@ -36,23 +37,28 @@ UNITS: dict[TestName, str] = {
 class DriftTest:
     """One test of a task."""
 
-    name: TestName
-    effect: float
+    name: Annotated[TestName, Shown("what", of="what")]
+    effect: Annotated[float, Shown(format=".3f")]
     """Size of the difference, in the test's unit."""
-    limit: float
+    limit: Annotated[float, Shown(format="g")]
     """Smallest effect that counts."""
-    p_value: float
+    p_value: Annotated[float, Shown("p", format=".1e")]
     """Probability of at least this difference by chance."""
     low: float | None = None
     """Lower end of the 95 % interval around an AUC; None for other tests."""
     high: float | None = None
-    is_alarm: bool = False
+    is_alarm: Annotated[bool, Shown("result", words={True: "alarm", False: ""}, is_state=True)] = False
     """Whether the difference is significant and large."""
 
     @property
     def unit(self) -> str:
         """Unit of the effect."""
         return UNITS[self.name]
+
+    @property
+    def what(self) -> str:
+        """What is compared, and the unit of the effect."""
+        return f"{self.name}, {self.unit}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +73,13 @@ class Alarm:
 class LiveAccuracy:
     """An accuracy of live answers, 0 to 1."""
 
-    accuracy: float
-    low: float
+    accuracy: Annotated[float, Shown("now", unit="%")]
+    low: Annotated[float, Shown("from", unit="%")]
     """Lower end of its 95 % Wilson interval."""
-    high: float
-    num_rows: int
+    high: Annotated[float, Shown("to", unit="%")]
+    num_rows: Annotated[int, Shown("rows")]
     """Live rows that it comes from."""
-    reference: float | None = None
+    reference: Annotated[float | None, Shown("test rows", unit="%")] = None
     """Accuracy on the reference rows; None: their scores are graded, so the two cannot be compared."""
     drop_points: float | None = None
     """Points below the reference; negative: above."""
@@ -91,13 +97,13 @@ class LiveAccuracy:
 class TaskDrift:
     """The comparison of one task."""
 
-    task: str
+    task: Annotated[str, Shown()]
     status: Status
     num_logged: int
     """Live rows, repeated requests included."""
-    num_live: int
+    num_live: Annotated[int, Shown("live rows")]
     """The newest live rows that are compared, without repeated requests."""
-    num_reference: int
+    num_reference: Annotated[int, Shown("reference")]
     """Rows that they are compared with."""
     is_of_live_rows: bool = False
     """Whether these rows are earlier live rows instead of test rows."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import pandas as pd
 from scipy.special import ndtri
@@ -27,6 +27,7 @@ from scipy.special import ndtri
 from deal_core.data.schema import label_key
 from deal_core.evaluation.significance import PairedDrop
 from deal_core.judging_config import RolloutKind, RolloutTerms
+from deal_core.shown import Shown
 
 FIRST_LOOK = 3
 """The first look has the wanted rows / 2^FIRST_LOOK."""
@@ -41,37 +42,42 @@ Figure = Literal["accuracy", "not said to be wrong", "answered", "answers that a
 class Arm:
     """What one of the two versions has done since the rollout began."""
 
-    version: str
-    num_rows: int
+    version: Annotated[str, Shown()]
+    num_rows: Annotated[int, Shown("rows")]
     """Rows that it was asked."""
-    num_failed: int
+    num_failed: Annotated[int, Shown("failed")]
     """Rows on which it failed."""
-    num_judged: int
+    num_judged: Annotated[int, Shown("with feedback")]
     """Answers with feedback that says whether they were right."""
-    num_right: int
+    num_right: Annotated[int, Shown("right", unit="%", of="share_right")]
     """Right ones of these."""
-    share_no_label: float | None
+    share_no_label: Annotated[float | None, Shown("no label", unit="%")]
     """Share of its answers that are no label; None: no task has labels."""
-    confidence: float | None
+    confidence: Annotated[float | None, Shown("mean confidence", format=".2f")]
     """Mean confidence of its answers; None: it has none."""
-    seconds: float | None
+    seconds: Annotated[float | None, Shown("median seconds", format=".2f")]
     """Median seconds of a request. A shadow waits for all other requests."""
+
+    @property
+    def share_right(self) -> float | None:
+        """Share of the answers with feedback that were right; None: there are none."""
+        return self.num_right / self.num_judged if self.num_judged else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShareDifference:
     """Candidate minus champion at the last look, in points. Negative is worse."""
 
-    figure: Figure
-    points: float
-    low: float
+    figure: Annotated[Figure, Shown("new version minus champion")]
+    points: Annotated[float, Shown(format="+.1f")]
+    low: Annotated[float, Shown("from", format="+.1f")]
     """Lower end of the interval around `points`."""
-    high: float
-    num_rows: int
+    high: Annotated[float, Shown("to", format="+.1f")]
+    num_rows: Annotated[int, Shown("rows")]
     """Rows of the candidate."""
     is_paired: bool
     """Whether both answered the same rows."""
-    is_worse: bool
+    is_worse: Annotated[bool, Shown("it is", words={True: "worse", False: ""}, is_state=True)]
     """Whether the whole interval is below 0."""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +19,7 @@ from deal_core.config import AdapterConfig, Quantize, TrainConfig
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import REJECTED, TaskSchema
 from deal_core.method_config import MethodConfig
+from deal_core.shown import Shown
 from deal_core.strategies import strategy_class
 from deal_core.strategies.old_tasks import longest_answer, tasks_to_ask
 from deal_core.strategies.strategy import KeptRows, Strategy
@@ -264,11 +266,11 @@ MemoryOf = Callable[[TrainConfig, str], MemoryPlan]
 class Remedy:
     """A change, and the run's memory with it."""
 
-    change: str
+    change: Annotated[str, Shown()]
     """Keys and values in the form of a spec."""
-    total_bytes: int
+    total_bytes: Annotated[int, Shown("then takes", unit="bytes")]
     """Total of the plan with the change."""
-    fits: bool
+    fits: Annotated[bool, Shown(words={True: "fits", False: "too much"}, is_state=True)]
 
 
 def find_remedies(memory_of: MemoryOf, train: TrainConfig, precision: str, limit: int) -> tuple[Remedy, ...]:

@@ -9,13 +9,13 @@ from rich.console import RenderableType
 from rich.markup import escape
 from typer import Option
 
-from deal_core.evaluation.interval import score_text
+from deal_core.evaluation.interval import CellScore
 from deal_core.safe_text import listed
-from deal_pipeline.cli.console import heading, new_table
+from deal_pipeline.cli.render import heading, render
 
 if TYPE_CHECKING:
     from flows.branch import BranchPlan
-    from infra.branches import KnownBranch, Remade
+    from infra.branches import KnownBranch
 
 SkipRejected = Annotated[
     bool,
@@ -28,48 +28,28 @@ def show_branch_plan(plan: BranchPlan) -> Sequence[RenderableType]:
     """What a branch would learn, how long that took before, and what would be lost."""
     branch = plan.branch
     start = f"version {branch.root}" if branch.root else "the base model"
-    shown: list[RenderableType] = [heading(f"Learned again {branch.what}, from {start} on")]
-    if branch.steps:
-        table = new_table("version", "task", right=["version"])
-        for step in branch.steps:
-            table.add_row(step.version, escape(step.task))
-        took = f"It took {plan.seconds / 60:.1f} minutes before." if plan.seconds else ""
-        shown += [table, took]
-    else:
-        shown.append("Nothing.")
-    if branch.lost:
-        table = new_table("version", "task", "why", right=["version"])
-        for each in branch.lost:
-            table.add_row(each.version, escape(each.task), escape(each.why))
-        shown += [heading("Lost: it cannot be learned again (--accept-lost)"), table]
+    title = f"Learned again {branch.what}, from {start} on"
+    shown = render(branch.steps, title) or [heading(title), "Nothing."]
+    if branch.steps and plan.seconds:
+        shown.append(f"It took {plan.seconds / 60:.1f} minutes before.")
+    shown += render(branch.lost, "Lost: it cannot be learned again (--accept-lost)")
     serves = "No version serves" if branch.stops_serving else f"Version {branch.champion} serves"
     return [*shown, f"{serves} until the end, and new arrivals wait."]
 
 
-def show_made(made: Sequence[Remade]) -> Iterable[RenderableType]:
-    """The versions that a branch made."""
-    if not made:
-        return
-    table = new_table("version", "made again from", "task", "gate", right=["version", "made again from"])
-    for each in made:
-        table.add_row(
-            each.version, each.remakes, escape(each.task), "[green]accepted[/]" if each.accepted else "[red]rejected[/]"
-        )
-    yield heading("Made again")
-    yield table
-
-
 def show_compared(
     before: Mapping[str, float], accuracies: Mapping[str, float], num_rows: Mapping[str, int]
-) -> Iterable[RenderableType]:
+) -> Sequence[RenderableType]:
     """What a branch made against the champion that it replaces, by task; `num_rows` are the rows that both answered."""
-    if not accuracies:
-        return
-    table = new_table("task", "before", "now", right=["before", "now"])
-    for task, now in accuracies.items():
-        table.add_row(escape(task), *(score_text(share, num_rows.get(task)) for share in (before.get(task), now)))
-    yield heading("Accuracy against the champion, %")
-    yield table
+    table = [
+        {
+            "task": task,
+            "before": CellScore(before.get(task), num_rows.get(task)),
+            "now": CellScore(now, num_rows.get(task)),
+        }
+        for task, now in accuracies.items()
+    ]
+    return render(table, "Accuracy against the champion, %")
 
 
 def show_branch(known: KnownBranch) -> Iterable[RenderableType]:
@@ -89,7 +69,7 @@ def show_branch(known: KnownBranch) -> Iterable[RenderableType]:
     if end is None:
         yield f"[yellow]It is open: new arrivals wait.[/] Go on with: {escape(branch.command)}"
         return
-    yield from show_made(end.made)
+    yield from render(end.made, "Made again")
     outcome = f"version {end.tip} became champion" if end.tip else "it was given up"
     yield f"Ended on {end.ended.astimezone():%Y-%m-%d %H:%M}: {outcome}."
     if (attestation := end.attestation) is not None and (rows := branch.deleted) is not None:

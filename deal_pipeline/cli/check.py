@@ -15,8 +15,9 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from deal_core.errors import ConfigError
-from deal_core.safe_text import listed, shorten
-from deal_pipeline.cli.console import heading, home_option, new_table, show_contradictions
+from deal_core.safe_text import listed
+from deal_pipeline.cli.console import home_option
+from deal_pipeline.cli.render import heading, render, size_text
 from deal_pipeline.cli.session import CommandResult, Session, Settings, SpecLineage, command, main_app
 
 if TYPE_CHECKING:
@@ -239,7 +240,7 @@ def show_arrival(arrival: ScoredArrival) -> Sequence[RenderableType]:
     """What the champion answers to rows that it has not learned."""
     colour = "green" if arrival.score.verdict == "as expected" else "yellow"
     sentence = arrival.sentence[0].upper() + arrival.sentence[1:]
-    return [f"[{colour}]{escape(sentence)}[/]", *show_contradictions(arrival.contradictions)]
+    return [f"[{colour}]{escape(sentence)}[/]", *render(arrival.contradictions)]
 
 
 _VERDICTS = {
@@ -265,25 +266,18 @@ def _show_plan(found: PlanResult) -> Sequence[RenderableType]:
         f"Longest     {found.longest_row_tokens} tokens, {found.longest_answer_tokens} of them answer, {source}; "
         f"{found.batch_rows} rows at once",
         f"Steps       {found.num_steps}, rate {found.learning_rate:g} at first" + _time(found),
-        heading("Memory at the peak of a step"),
     ]
-    table = new_table("kind", "size", right=["size"])
-    for kind, size in found.memory.items():
-        table.add_row(kind, in_bytes(size))
-    table.add_row("[bold]all[/]", f"[bold]{in_bytes(found.total_bytes)}[/]")
+    memory = {**found.memory, "all": found.total_bytes}
     shown += [
-        table,
-        f"It {_VERDICTS[found.verdict]}: {in_bytes(found.total_bytes)} of {in_bytes(found.device_bytes)} "
+        *render(
+            [{"kind": kind, "size": size_text(size)} for kind, size in memory.items()], "Memory at the peak of a step"
+        ),
+        f"It {_VERDICTS[found.verdict]}: {size_text(found.total_bytes)} of {size_text(found.device_bytes)} "
         f"({escape(found.device)}).",
     ]
     if found.refused:
         shown += _remedies(found)
     return [*shown, *(f"[yellow]{escape(note)}[/]" for note in found.notes)]
-
-
-def in_bytes(size: int) -> str:
-    """A size in MiB or GiB."""
-    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
 
 
 def _time(found: PlanResult) -> str:
@@ -298,12 +292,8 @@ def _remedies(found: PlanResult) -> list[RenderableType]:
     certain = sum(found.memory[kind] for kind in ("weights", "adapter", "optimiser"))
     shown: list[RenderableType] = []
     if certain > found.device_bytes:
-        shown.append(f"Weights, adapter and optimiser alone take {in_bytes(certain)}, whatever the batch.")
-    table = new_table("change", "then takes", "", right=["then takes"])
-    for each in found.remedies:
-        table.add_row(escape(each.change), in_bytes(each.total_bytes), "[green]fits[/]" if each.fits else "too much")
-    if found.remedies:
-        shown += [heading("What to change"), table]
+        shown.append(f"Weights, adapter and optimiser alone take {size_text(certain)}, whatever the batch.")
+    shown += render(found.remedies, "What to change")
     if not any(each.fits for each in found.remedies):
         shown.append("No setting makes it fit: take a smaller base model, or a device with more memory.")
     return shown
@@ -340,19 +330,11 @@ def show_validation(result: ValidateResult) -> Sequence[RenderableType]:
     ]
     if result.example:
         shown += [heading("One row as the model sees it"), *_show_row(result.example)]
-    if result.bad_rows:
-        table = new_table("file", "row", "line", "reason", right=["row", "line"])
-        for bad in result.bad_rows:
-            line = "–" if bad.line is None else str(bad.line)
-            table.add_row(escape(bad.file), str(bad.row), line, escape("\n".join(bad.reasons)))
-        shown += [heading(f"Bad rows (the first {len(result.bad_rows)})"), table]
+    shown += render(result.bad_rows, f"Bad rows (the first {len(result.bad_rows)})")
     if result.label_check is not None:
         shown.append(escape(result.label_check))
-    if result.likely_wrong:
-        table = new_table("text", "label", "likelier")
-        for row in result.likely_wrong[:_SHOWN_LABELS]:
-            table.add_row(*(escape(shorten(text)) for text in (row.text, row.label, row.likelier)))
-        shown += [heading(f"Labels to look at (the first {table.row_count}; --json has all)"), table]
+    wrong = result.likely_wrong[:_SHOWN_LABELS]
+    shown += render(wrong, f"Labels to look at (the first {len(wrong)}; --json has all)")
     shown += [f"[yellow]{escape(warning)}[/]" for warning in result.warnings]
     if result.refusal:
         shown.append(f"[red]{escape(result.refusal)}[/]")

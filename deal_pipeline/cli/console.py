@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import json
 import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Column, Table
 from rich.text import Text
 
-from deal_core.evaluation.interval import SURE_ROWS, score_text
 from deal_core.evaluation.metrics import scored_otherwise
 from deal_core.safe_text import printable, printable_json, without_known_secrets_inside, without_secrets
+from deal_pipeline.cli.render import render, render_matrix
 
 if TYPE_CHECKING:
     from flows.adapt import AdaptResult, Scores
     from tasks.arrivals import HeldArrival
-    from tasks.references import Contradiction
 
 WIDTH = 120
 """The width of tables in a file or a pipe."""
@@ -38,38 +33,6 @@ STAGES = "DEAL_STAGES"
 
 PROGRESS_SECONDS = 30.0
 """Time between two lines of progress where no bars are drawn."""
-LONG_WORD = 20
-"""A longer word, such as a path, may be broken on a narrow screen."""
-
-
-class _FittingTable(Table):
-    """A table that breaks no word on a narrow screen, and leaves columns out if there is no other way."""
-
-    spare: Sequence[str] = ()
-    """Headers of the columns that may be left out, the first one first."""
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Draw the columns that fit. If the words of the others do not fit either, they are broken."""
-        columns = [dataclasses.replace(column, min_width=_longest_word(column)) for column in self.columns]
-        for name in self.spare:
-            if not _fits(columns, options.max_width):
-                columns = [column for column in columns if column.header != name]
-        if not _fits(columns, options.max_width):
-            columns = [dataclasses.replace(column, min_width=None) for column in columns]
-        shown = copy.copy(self)
-        shown.columns = [dataclasses.replace(column, _index=index) for index, column in enumerate(columns)]
-        yield from Table.__rich_console__(shown, console, options)
-
-
-def _longest_word(column: Column) -> int:
-    texts = [str(column.header), *(cell for cell in column.cells if isinstance(cell, str))]
-    words = [word for text in texts for word in Text.from_markup(text).plain.split()]
-    return min(max((len(word) for word in words), default=0), LONG_WORD)
-
-
-def _fits(columns: Sequence[Column], width: int) -> bool:
-    """Return whether the columns fit if each is as wide as its longest word; three characters are between two."""
-    return sum((column.min_width or 0) + 3 for column in columns) - 1 <= width
 
 
 class _Terminal(Console):
@@ -203,68 +166,14 @@ def home_option(home: Path) -> str:
     return f" --home {shlex.quote(str(shown))}"
 
 
-def heading(text: str) -> str:
-    """A line above a table."""
-    return f"\n[bold]{escape(text)}[/]"
-
-
 def percent(share: float | None) -> str:
     """A share in percent; a dash if undefined."""
     return "–" if share is None else f"{100 * share:.1f}"
 
 
-def points(value: float | None) -> str:
-    """Percentage points; a dash if undefined."""
-    return "–" if value is None else f"{value:.1f}"
-
-
-def interval(values: Sequence[float] | None) -> str:
-    """A difference with its interval; empty if it was not computed."""
-    return "" if values is None else f"{values[0]:+.1f} ({values[1]:+.1f} to {values[2]:+.1f})"
-
-
-def new_table(*columns: str, right: Sequence[str] = (), spare: Sequence[str] = ()) -> Table:
-    """An empty table.
-
-    Args:
-        columns: the headers.
-        right: columns that hold numbers.
-        spare: columns that are left out on a narrow screen, the first one first.
-    """
-    table = _FittingTable(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.spare = spare
-    for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
-    return table
-
-
 def show_held(lineage: str, held: Sequence[HeldArrival]) -> Sequence[RenderableType]:
     """Arrivals that are held, and how each goes on."""
     return [f"  [yellow]•[/] {escape(arrival.line(lineage))}" for arrival in held]
-
-
-def matrix_table(matrix: Mapping[str, Any]) -> Table:
-    """The accuracy matrix (its JSON): one row per version, one column per task, the untouched base model first.
-
-    A number of test rows that all cells of a task share stands in the task's title.
-    """
-    from deal_core.evaluation.accuracy_matrix import AccuracyMatrix  # numpy loads slowly
-
-    scores = AccuracyMatrix.from_json(matrix)
-    titles, columns = [], []
-    for task, column in zip(scores.tasks, zip(*scores.cells, strict=True), strict=True):
-        sizes = {cell.num_rows for cell in column if cell.share is not None}
-        shared = sizes.pop() if len(sizes) == 1 else None
-        is_shared = shared is not None and shared < SURE_ROWS
-        titles.append(f"{task}, n {shared}" if is_shared else task)
-        columns.append([score_text(*cell, names_n=not is_shared) for cell in column])
-    table = new_table("after learning", *titles, right=titles)
-    base, *versions = zip(*columns, strict=True)
-    table.add_row("(base model)", *base, style="dim")
-    for learned, row in zip(scores.learned, versions, strict=True):
-        cells = [f"[bold]{cell}[/]" if task == learned else cell for task, cell in zip(scores.tasks, row, strict=True)]
-        table.add_row(learned, *cells)
-    return table
 
 
 def show_adaptation(run: AdaptResult) -> Sequence[RenderableType]:
@@ -275,23 +184,15 @@ def show_adaptation(run: AdaptResult) -> Sequence[RenderableType]:
     shown: list[RenderableType] = []
     if run.matrix is not None and run.scores is not None:
         scores = "   ".join(f"{name} [bold]{value}[/]" for name, value in named_scores(run.scores).items())
-        shown += [heading(f"Accuracy of {run.lineage}, %"), matrix_table(run.matrix), scores]
+        shown += [*render_matrix(run.matrix, f"Accuracy of {run.lineage}, %"), scores]
         if told := scored_otherwise(run.metrics):
             shown.append(escape(told))
     shown.append(f"[bold {color}]{escape(run.message)}[/]")
     if run.status == "held":  # the message says why
-        return [*shown, *show_contradictions(run.contradictions)]
+        return [*shown, *render(run.contradictions)]
     shown += [f"  • {escape(reason)}" for reason in run.reasons]
     shown += [f"  [yellow]•[/] {escape(sentence)}" for sentence in run.unsure]
     return shown
-
-
-def show_contradictions(rows: Sequence[Contradiction]) -> Sequence[RenderableType]:
-    """Rows of an arrival that the champion contradicts; with their texts, where they may be shown."""
-    table = new_table("row", "text", "label", "champion", right=["row"])
-    for row in rows:
-        table.add_row(escape(row.place), *(escape(text or "–") for text in (row.text, row.label, row.answer)))
-    return [table] if any(row.text for row in rows) else [f"  • {escape(row.place)}" for row in rows]
 
 
 def named_scores(scores: Scores) -> dict[str, str]:

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import RenderableType
-from rich.filesize import decimal
 from rich.markup import escape
 from typer import Argument, Option
 
 from deal_core.errors import ConfigError
-from deal_pipeline.cli.branch import AcceptLost, SkipRejected, show_branch_plan, show_compared, show_made
-from deal_pipeline.cli.console import heading, new_table
+from deal_pipeline.cli.branch import AcceptLost, SkipRejected, show_branch_plan, show_compared
+from deal_pipeline.cli.render import heading, render, size_text
 from deal_pipeline.cli.session import CommandResult, Lineage, Session, command, reason_option
 
 if TYPE_CHECKING:
@@ -37,19 +36,9 @@ def list_data(deal: Session) -> CommandResult[list[ListedArrival]]:
     from tasks.housekeeping.arrivals import list_data as list_arrivals
 
     arrivals = list_arrivals(deal.store)
-    numbers = ["training rows", "test rows"]
-    columns = ("arrival", "file", "landed", "task", *numbers, "learned by", "state")
-    table = new_table(*columns, right=numbers, spare=["landed"])
-    for arrival in arrivals:
-        learned = ", ".join(arrival.learned_by) or "–"
-        counts = ("–" if number is None else str(number) for number in (arrival.num_train, arrival.num_test))
-        landed = "–" if arrival.landed is None else f"{arrival.landed.astimezone():%Y-%m-%d %H:%M}"
-        file = "–" if arrival.file is None else escape(arrival.file)
-        cells = (escape(arrival.name), file, landed, escape(arrival.task), *counts, escape(learned))
-        table.add_row(*cells, escape(arrival.state))
     if not arrivals:
         return CommandResult(arrivals, ["No arrival has been learned or is held. What waits in the inbox: deal status"])
-    return CommandResult(arrivals, [heading("Arrivals"), table])
+    return CommandResult(arrivals, render(arrivals, "Arrivals"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,13 +95,9 @@ def _show_gc(result: GcResult) -> Sequence[RenderableType]:
     left += [f"[red]{escape(f'{name}: {problem}')}[/]" for name, problem in result.problems.items()]
     if not result.removals:
         return [*left, "Nothing to remove."]
-    table = new_table("lineage", "what", "where", "size", "why", right=["size"])
-    for each in result.removals:
-        cells = (each.lineage or "–", each.kind, each.address, decimal(each.num_bytes), each.reason)
-        table.add_row(*map(escape, cells))
     done = "would be removed" if result.dry_run else "removed"
-    total = f"{len(result.removals)} {done}, {decimal(result.num_bytes)}"
-    return [*left, heading("Would be removed" if result.dry_run else "Removed"), table, f"[bold]{total}[/]"]
+    total = f"{len(result.removals)} {done}, {size_text(result.num_bytes)}"
+    return [*left, *render(result.removals, done.capitalize()), f"[bold]{total}[/]"]
 
 
 @command(
@@ -206,7 +191,7 @@ def _relearn(
     return CommandResult(
         done,
         [
-            *show_made(done.made),
+            *render(done.made, "Made again"),
             *show_compared(done.before, done.accuracies, done.num_rows),
             f"[bold]{escape(done.message)}[/]",
             *_attested(done),
@@ -257,32 +242,19 @@ def confirm(deal: Session, shown: Iterable[RenderableType], question: str) -> No
 
 def show_forget_plan(plan: ForgetPlan, title: str, *, relearns: bool = False) -> Sequence[RenderableType]:
     """What is removed, what cannot be, and what follows; with `relearns` the versions are made again."""
-    table = new_table("what", "where", "size", right=["size"])
-    for each in plan.held:
-        table.add_row(each.kind, escape(each.address), decimal(each.num_bytes) if each.num_bytes else "–")
-    held = table if plan.held else "No rows of it are left here."
     title = f"{title}: rows of arrival {plan.sha256[:12]} of {plan.task}"
-    return [heading(title), held, *_learned(plan.learned, relearns=relearns), *_follows(plan)]
+    held = render(plan.held, title) or [heading(title), "No rows of it are left here."]
+    return [*held, *_learned(plan.learned, relearns=relearns), *_follows(plan)]
 
 
 def _learned(learned: Sequence[AffectedVersion], *, relearns: bool) -> Iterable[RenderableType]:
     if not learned:
         return ["No version has learned from it."]
-    table = new_table("lineage", "version", "task", "how", "gate", "alias", right=["version"])
-    for each in learned:
-        table.add_row(
-            escape(each.lineage),
-            each.version,
-            escape(each.task),
-            "trained on it" if each.is_direct else "continues one that was",
-            "accepted" if each.accepted else "rejected",
-            " ".join(each.aliases),
-        )
     advice = (
         "Their weights still hold what they learned. If that has to go too, make them again without it: "
         "deal data delete ARRIVAL --relearn."
     )
-    return [heading("Versions that learned from it"), table, *([] if relearns else [advice])]
+    return [*render(learned, "Versions that learned from it"), *([] if relearns else [advice])]
 
 
 def _follows(plan: ForgetPlan) -> Iterable[RenderableType]:

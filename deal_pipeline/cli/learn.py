@@ -11,7 +11,8 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from deal_core.errors import ConfigError
-from deal_pipeline.cli.console import heading, home_option, matrix_table, named_scores, new_table, show_adaptation
+from deal_pipeline.cli.console import home_option, named_scores, show_adaptation
+from deal_pipeline.cli.render import heading, render, render_matrix
 from deal_pipeline.cli.session import CommandResult, Session, Settings, SpecLineage, command, main_app
 
 if TYPE_CHECKING:
@@ -45,18 +46,16 @@ def demo(
 def show_demo(result: DemoResult, home: Path) -> Sequence[RenderableType]:
     """The result of the demo, lineages side by side."""
     shown: list[RenderableType] = []
-    numbers = ["average accuracy", "forgetting", "champion"]
-    comparison = new_table("lineage", "strategy", *numbers, right=numbers)
+    comparison = []
     for outcome in result.outcomes:
         if outcome.champion is None:
             shown.append(f"[red]No version of {outcome.lineage} has passed the gate.[/]")
         if outcome.matrix is None or outcome.scores is None:
             continue
-        shown += [heading(f"Accuracy of {outcome.lineage} ({outcome.strategy}), %"), matrix_table(outcome.matrix)]
-        champion = f"version {outcome.champion}" if outcome.champion else "none"
-        comparison.add_row(outcome.lineage, outcome.strategy, *named_scores(outcome.scores).values(), champion)
-    if comparison.row_count:
-        shown += [heading("In the end"), comparison]
+        shown += render_matrix(outcome.matrix, f"Accuracy of {outcome.lineage} ({outcome.strategy}), %")
+        own = {"lineage": outcome.lineage, "strategy": outcome.strategy, "champion": outcome.champion}
+        comparison.append(own | named_scores(outcome.scores))
+    shown += render(comparison, "In the end, %")
     for outcome in result.outcomes:
         for run in outcome.runs:
             if run.rejected:
@@ -152,7 +151,4 @@ def show_watch(result: WatchResult) -> Sequence[RenderableType]:
     """The files that a watch has handled."""
     if not result.files:
         return ["Nothing is due. What waits: deal status"]
-    table = new_table("file", "outcome", "version", "what happened", right=["version"])
-    for seen in result.files:
-        table.add_row(escape(seen.key), seen.outcome, seen.version or "–", escape(seen.message))
-    return [heading(f"Handled for {result.lineage}"), table]
+    return render(result.files, f"Handled for {result.lineage}")

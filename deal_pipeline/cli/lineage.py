@@ -14,9 +14,10 @@ from typer import Argument, Option
 
 from deal_core.errors import ConfigError
 from deal_core.safe_text import listed
-from deal_pipeline.cli.branch import AcceptLost, SkipRejected, show_branch, show_branch_plan, show_compared, show_made
-from deal_pipeline.cli.console import heading, new_table, show_adaptation
+from deal_pipeline.cli.branch import AcceptLost, SkipRejected, show_branch, show_branch_plan, show_compared
+from deal_pipeline.cli.console import show_adaptation
 from deal_pipeline.cli.data import confirm
+from deal_pipeline.cli.render import render
 from deal_pipeline.cli.session import CommandResult, Lineage, Session, command, reason_option
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def rebase(
         trains=True,
     )
     compared = show_compared(done.before, done.accuracies, done.num_rows)
-    lines = [*show_made(done.made), *compared, f"[bold]{escape(done.message)}[/]"]
+    lines = [*render(done.made, "Made again"), *compared, f"[bold]{escape(done.message)}[/]"]
     return CommandResult(done, lines, rejected=done.status == "stopped")
 
 
@@ -264,21 +265,12 @@ def consolidate(
     return CommandResult(outcome, show_adaptation(outcome), rejected=outcome.rejected)
 
 
-_SOURCES = {"retained": "retained rows", "files": "landed files", "kept": "kept rows only", "none": "[red]gone[/]"}
-
-
 def show_plan(planned: ConsolidationPlan) -> Sequence[RenderableType]:
     """What a consolidation learns."""
     from infra.report.page import duration
 
-    table = new_table("version", "task", "rows", "from", "why", right=["version", "rows"])
-    for part in planned.parts:
-        num_rows = str(part.num_rows) if part.num_rows else "–"
-        table.add_row(part.version, escape(part.task), num_rows, _SOURCES[part.source], escape(part.why) or "–")
-    shown: list[RenderableType] = [
-        heading(f"{planned.lineage}, from the {planned.start}, judged against version {planned.champion}"),
-        table,
-    ]
+    title = f"{planned.lineage}, from the {planned.start}, judged against version {planned.champion}"
+    shown = render(planned.parts, title)
     shown += [f"Of {escape(task)} {number} kept rows are learned." for task, number in planned.kept.items()]
     shown += [
         f"[yellow]No row of {escape(task)} is left; the champion's skill is all there is.[/]" for task in planned.gone

@@ -14,13 +14,12 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from deal_core.errors import ConfigError
-from deal_pipeline.cli.console import heading, new_table, percent
+from deal_pipeline.cli.console import percent
+from deal_pipeline.cli.render import render, render_facts
 from deal_pipeline.cli.session import Column, CommandResult, Lineage, Reason, Session, command, main_app
 from deal_pipeline.cli.version import decided, show_decision
 
 if TYPE_CHECKING:
-    from deal_core.monitoring.report import TaskDrift
-    from deal_core.monitoring.rollout import Arm, RolloutReport
     from infra.promotions import Decision
     from tasks.monitoring.feedback import FeedbackResult
     from tasks.monitoring.harvest import HarvestResult
@@ -61,10 +60,9 @@ def _show_monitor(result: MonitorResult) -> Sequence[RenderableType]:
     if result.drift is None:
         return [escape(result.problem or "")]
     drift = result.drift
-    shown: list[RenderableType] = [
-        heading(f"Live traffic of {result.lineage}, version {result.version}"),
-        _tests(drift.tasks),
-    ]
+    tests = [(task, test) for task in drift.tasks for test in task.tests or (None,)]
+    shown = render(tests, f"Live traffic of {result.lineage}, version {result.version}")
+    shown += [f"  [yellow]•[/] {escape(each.task)}: {each.status}" for each in drift.tasks if each.status != "compared"]
     alarms = [f"{each.task}: {alarm.kind}: {alarm.reason}" for each in drift.tasks for alarm in each.alarms]
     shown += [f"  [red]•[/] {escape(alarm)}" for alarm in alarms] or ["No alarm."]
     shown += [
@@ -76,31 +74,15 @@ def _show_monitor(result: MonitorResult) -> Sequence[RenderableType]:
         for each in drift.tasks
         if each.alarms
     ]
-    numbers = ["now", "from", "to", "rows", "test rows"]
-    table = new_table("task", "accuracy", *numbers, right=numbers)
-    for each in drift.tasks:
-        for word, found in (("measured", each.measured), ("estimated", each.estimated)):
-            if found is not None:
-                shares = percent(found.accuracy), percent(found.low), percent(found.high)
-                table.add_row(escape(each.task), word, *shares, str(found.num_rows), percent(found.reference))
-    if table.row_count:
-        shown += [heading("Accuracy, %"), table]
+    accuracies = [
+        ({"task": each.task, "accuracy": word}, accuracy)
+        for each in drift.tasks
+        for word, accuracy in (("measured", each.measured), ("estimated", each.estimated))
+        if accuracy is not None
+    ]
+    shown += render(accuracies, "Accuracy")
     shown.append(f"[dim]An alarm is significant (p < {drift.level:.1e}, for {drift.num_tests} tests) and large.[/]")
     return shown
-
-
-def _tests(tasks: Sequence[TaskDrift]) -> RenderableType:
-    numbers = ["live rows", "reference", "effect", "limit", "p"]
-    table = new_table("task", *numbers[:2], "what", *numbers[2:], "alarm", right=numbers)
-    for each in tasks:
-        sizes = str(each.num_live), str(each.num_reference)
-        if each.status != "compared":
-            table.add_row(escape(each.task), *sizes, f"[yellow]{each.status}[/]", "–", "–", "–", "")
-        for number, test in enumerate(each.tests):
-            first = (escape(each.task), *sizes) if number == 0 else ("", "", "")
-            figures = f"{test.effect:.3f}", f"{test.limit:g}", f"{test.p_value:.1e}"
-            table.add_row(*first, f"{test.name}, {test.unit}", *figures, "[red]alarm[/]" if test.is_alarm else "")
-    return table
 
 
 @command(rollout_app, "looking", "deal rollout status", "deal rollout status --apply", works_without_home=True)
@@ -160,41 +142,14 @@ def _show_rollout(found: RolloutStatus) -> Sequence[RenderableType]:
         return [f"{tried} To try the next one, set gate.rollout with: deal lineage apply SPEC"]
     report = found.report
     head = f"Version {found.version} of {found.lineage}, {report.kind} of version {found.champion}"
-    versions = [f"version {each.version}" for each in (report.champion, report.candidate)]
-    sides = new_table("", *versions, right=versions)
-    for name, before, now in zip(_FIGURES, _figures(report.champion), _figures(report.candidate), strict=True):
-        sides.add_row(name, before, now)
-    shown: list[RenderableType] = [
-        heading(f"{head}, since {found.since.astimezone():%Y-%m-%d %H:%M}"),
-        sides,
-        *_compared(report),
-    ]
+    title = f"{head}, since {found.since.astimezone():%Y-%m-%d %H:%M}"
+    shown = [*render_facts(report.champion, report.candidate, title=title), *render(report.differences)]
     if report.num_pairs:
         shown.append(f"Same answer to {percent(report.agreement)} % of {report.num_pairs} rows.")
     counted = "rows with feedback" if report.by_feedback else "answers"
     said = {"goes on": "It goes on.", "abort": "[red]It has to be aborted.[/]", "finish": "[green]It can finish.[/]"}
     shown.append(f"{report.num_counted} of {report.num_wanted} {counted} count. {said[report.verdict]}")
     return shown + [f"  [red]•[/] {escape(reason)}" for reason in report.reasons if report.verdict == "abort"]
-
-
-_FIGURES = ("rows", "failed", "with feedback", "right, %", "no label, %", "mean confidence", "median seconds")
-
-
-def _figures(arm: Arm) -> tuple[str, ...]:
-    right = percent(arm.num_right / arm.num_judged if arm.num_judged else None)
-    numbers = ("–" if value is None else f"{value:.2f}" for value in (arm.confidence, arm.seconds))
-    return (str(arm.num_rows), str(arm.num_failed), str(arm.num_judged), right, percent(arm.share_no_label), *numbers)
-
-
-def _compared(report: RolloutReport) -> list[RenderableType]:
-    if not report.differences:
-        return []
-    columns = ["points", "from", "to", "rows"]
-    table = new_table("new version minus champion", *columns, "", right=columns)
-    for each in report.differences:
-        ends = f"{each.points:+.1f}", f"{each.low:+.1f}", f"{each.high:+.1f}"
-        table.add_row(each.figure, *ends, str(each.num_rows), "[red]worse[/]" if each.is_worse else "")
-    return [table]
 
 
 @command(feedback_app, "reading", "deal feedback sample bank", "deal feedback sample bank --data new.csv --number 100")

@@ -6,7 +6,6 @@ import asyncio
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 
@@ -17,13 +16,14 @@ from typer import Argument, Option
 
 from deal_core.errors import ConfigError
 from deal_core.safe_text import listed
-from deal_pipeline.cli.console import heading, new_table, show_held
+from deal_pipeline.cli.console import show_held
+from deal_pipeline.cli.render import render
 from deal_pipeline.cli.session import CommandResult, Session, command, main_app
 
 if TYPE_CHECKING:
     from deal_pipeline.server.embedded import UiAddress
     from deal_pipeline.server.local_processes import LocalStack
-    from deal_pipeline.server.status import LineageStatus, RunStatus, Status
+    from deal_pipeline.server.status import LineageStatus, Status
     from tasks.mlflow_mirror import Synced
 
 NOTHING_LEARNED = "Nothing is learned yet. Learn a file with: deal adapt --task NAME --data FILE, or try: deal demo"
@@ -179,19 +179,12 @@ def status(
 def _show_status(status: Status) -> Sequence[RenderableType]:
     shown: list[RenderableType] = []
     if status.parts:
-        table = new_table("process", "state", "log")
-        for part in status.parts:
-            table.add_row(part.name, "[green]up[/]" if part.is_alive else "[red]gone[/]", escape(part.log))
-        shown += [heading("Processes"), table]
+        shown += render(status.parts, "Processes")
     elif not status.prefect_url:
         shown.append("No server: files are adapted by deal adapt. Start one with: deal server up")
     if not any(lineage.champion or lineage.num_open for lineage in status.lineages):
         shown.append(NOTHING_LEARNED)
-    lineages = new_table("lineage", "champion", "open arrivals", right=["champion", "open arrivals"])
-    for each in status.lineages:
-        num_open = "–" if each.num_open is None else str(each.num_open)
-        lineages.add_row(escape(each.lineage), each.champion or "–", f"{num_open} (paused)" if each.held else num_open)
-    shown += [heading("Lineages"), lineages]
+    shown += render(status.lineages, "Lineages")
     shown += [f"  {escape(f'{each.lineage}: {each.run}')}" for each in status.lineages if each.run]
     shown += [f"  {escape(f'{each.lineage} {line.line()}')}" for each in status.lineages for line in each.waiting]
     shown += [f"  {escape(line)}" for each in status.lineages if (line := _debts(each))]
@@ -210,8 +203,7 @@ def _show_status(status: Status) -> Sequence[RenderableType]:
     shown += [line for each in status.lineages for line in show_held(each.lineage, each.held_arrivals)]
     shown += [f"[red]•[/] {escape(problem)}" for problem in (*status.damaged, *status.problems)]
     for title, runs in (("Running", status.running), ("Waiting", status.waiting), ("Failed, last 24 h", status.failed)):
-        if runs:
-            shown += [heading(title), _runs(runs)]
+        shown += render(runs, title)
     return shown
 
 
@@ -224,22 +216,6 @@ def _debts(lineage: LineageStatus) -> str | None:
         return None
     told = f"points lost since they were learned: {', '.join(lost)}{budget}." if lost else ""
     return f"{lineage.lineage} {told}{due}"
-
-
-def _runs(runs: Sequence[RunStatus]) -> RenderableType:
-    table = new_table("run", "state", "for", "why", right=["for"])
-    now = datetime.now(UTC)
-    for run in runs:
-        table.add_row(escape(run.name), run.state, _ago((now - run.since).total_seconds()), escape(run.message))
-    return table
-
-
-def _ago(seconds: float) -> str:
-    """A duration in its largest non-zero unit."""
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"
 
 
 @command(main_app, None, "deal ui", "deal ui --open", works_without_home=True)

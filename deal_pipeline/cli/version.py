@@ -15,9 +15,10 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from deal_core.errors import ConfigError
-from deal_core.evaluation.interval import score_text
+from deal_core.evaluation.interval import CellScore
 from deal_core.safe_text import brief
-from deal_pipeline.cli.console import heading, matrix_table, new_table, percent, points, show_adaptation, show_held
+from deal_pipeline.cli.console import show_adaptation, show_held
+from deal_pipeline.cli.render import render, render_facts, render_matrix
 from deal_pipeline.cli.session import CommandResult, Lineage, Reason, Session, command, reason_option
 
 if TYPE_CHECKING:
@@ -25,8 +26,7 @@ if TYPE_CHECKING:
     from flows.adapt import AdaptResult
     from flows.champions import EvaluateResult
     from infra.promotions import Decision, LeftBehind, Move
-    from tasks.lineage.history import HistoryEntry
-    from tasks.lineage.reports import WrittenReport
+    from infra.versions import Version
     from tasks.serving.export import Exported
     from tasks.serving.publish import Published
 
@@ -48,8 +48,8 @@ class ChampionAt:
 class ShownVersion:
     """A version, and its page."""
 
-    version: HistoryEntry
-    page: WrittenReport | None
+    version: Version
+    page: str | None
     """The page that --report has written; None: the option was not given."""
 
 
@@ -74,7 +74,7 @@ def list_versions(
         int, Option("--newest", "-n", help="Show the N newest versions (0: all; --json always shows all).", min=0)
     ] = 30,
 ) -> CommandResult[
-    list[HistoryEntry]
+    tuple[Version, ...]
     | Annotated[tuple[Move, ...], "with --moves"]
     | Annotated[ChampionAt, "with --at"]
     | Annotated[MatrixJson, "with --matrix"]
@@ -88,7 +88,7 @@ def list_versions(
 
     if matrix:
         scores = read_record(deal.store, find_version(deal.store, lineage, None)).matrix
-        return CommandResult(scores.to_json(), [heading(f"Scores of {lineage}, %"), matrix_table(scores.to_json())])
+        return CommandResult(scores.to_json(), render_matrix(scores.to_json(), f"Scores of {lineage}, %"))
     if at is not None:
         when, zone = _time(at)
         champion = PromotionLog(deal.store).champion_at(lineage, when)
@@ -97,17 +97,19 @@ def list_versions(
         return CommandResult(then, [f"At {then.at}{zone}, {text}."])
     if moves:
         log = PromotionLog(deal.store).moves(lineage)
-        return CommandResult(log, [heading(f"Moves of {lineage}"), _moves(log)])
-    held, limit = held_arrivals(read_state(deal.store, lineage)), 0 if deal.screen.as_json else newest
+        return CommandResult(
+            log, render(log, f"Moves of {lineage}") or [f"The champion of {escape(lineage)} was never moved."]
+        )
+    held = held_arrivals(read_state(deal.store, lineage))
     try:
-        entries = read_history(lineage, limit + 1 if limit else None)
+        versions = read_history(lineage)
     except NoVersionError:
         if not held:
             raise
-        entries = []  # its first arrival is held
-    more = ["[dim]There are earlier versions; --newest 0 shows all.[/]"] if limit and len(entries) > limit else []
-    versions = show_history(lineage, entries[-limit:]) if entries else ()
-    return CommandResult(entries, [*more, *versions, *show_held(lineage, held)])
+        versions = ()  # its first arrival is held
+    is_cut = 0 < newest < len(versions)
+    more = ["[dim]There are earlier versions; --newest 0 shows all.[/]"] if is_cut else []
+    return CommandResult(versions, [*more, *show_history(lineage, versions[-newest:]), *show_held(lineage, held)])
 
 
 def _time(text: str) -> tuple[datetime, str]:
@@ -124,64 +126,15 @@ def _time(text: str) -> tuple[datetime, str]:
     return local, f" (local time, {local.tzname()})"
 
 
-_APPROVAL = {None: "", "awaiting": ", awaits approval", "given": ", approved", "refused": ", [red]refused[/]"}
+def show_history(lineage: str, versions: Sequence[Version]) -> Sequence[RenderableType]:
+    """The versions of a lineage, and why they were rejected, taken back or are unsure."""
+    reasons = [f"Version {version.version}: {escape(reason)}" for version in versions for reason in _reasons(version)]
+    return [*render(versions, f"Lineage {lineage}"), *reasons]
 
 
-def _verdict(entry: HistoryEntry) -> str:
-    """What the gate and a person decided; yellow if the gate could not have seen a drop."""
-    colour = "red" if not entry.accepted else "yellow" if entry.unsure else "green"
-    return f"[{colour}]{'accepted' if entry.accepted else 'rejected'}[/]" + _APPROVAL[entry.approval]
-
-
-def show_history(lineage: str, entries: Sequence[HistoryEntry]) -> Sequence[RenderableType]:
-    """The versions of a lineage."""
-    is_tested = any(entry.arrival is not None for entry in entries)
-    has_debts = any(lost > 0 for entry in entries for lost in entry.debts.values())
-    numbers = ["version", "parent", "accuracy", "forgetting"]
-    numbers += [*(["debt"] if has_debts else []), *(["on arrival"] if is_tested else [])]
-    columns = (*numbers, "task", "strategy", "gate", "alias", "when")
-    table = new_table(*columns, right=numbers, spare=("debt", "strategy", "when"))
-    for entry in entries:
-        gate = _verdict(entry)
-        if "rollout" in entry.aliases:
-            gate += ", in rollout"
-        if entry.branch is not None:
-            gate += f", branch {entry.branch}"
-        if entry.rolled_back is not None:
-            gate += ", [yellow]rolled back[/]"
-        table.add_row(
-            entry.version,
-            entry.parent_version or "base",
-            percent(entry.average_accuracy),
-            percent(entry.forgetting),
-            *([points(max(entry.debts.values(), default=None))] if has_debts else []),
-            *([entry.arrival.figure.replace(" %", "") if entry.arrival else "–"] if is_tested else []),
-            entry.lesson,
-            entry.strategy,
-            gate,
-            " ".join(entry.aliases),
-            f"{entry.created.astimezone():%m-%d %H:%M}",
-        )
-    reasons = [
-        f"Version {entry.version}: {escape(reason)}"
-        for entry in entries
-        for reason in (*entry.reasons, *entry.unsure, *([entry.rolled_back.describe()] if entry.rolled_back else []))
-    ]
-    return [heading(f"Lineage {lineage}"), table, *reasons]
-
-
-def _moves(moves: Sequence[Move]) -> RenderableType:
-    table = new_table("when", "what", "version", "champion", "who", "why", right=["version", "champion"])
-    for move in moves:
-        table.add_row(
-            f"{move.when.astimezone():%Y-%m-%d %H:%M:%S}",
-            move.action,
-            move.version,
-            move.champion or "–",
-            escape(move.who),
-            escape(move.why),
-        )
-    return table
+def _reasons(version: Version) -> Sequence[str]:
+    rollback = version.since.rolled_back
+    return (*version.reasons, *version.unsure, *([rollback.describe()] if rollback else []))
 
 
 @command(version_app, "reading", "deal version show 3", "deal version show 3 --report")
@@ -203,39 +156,18 @@ def show(
 
     if out is not None and not report:
         raise ConfigError("--out is the file of the page; give --report too.")
-    entry = next((entry for entry in read_history(lineage) if entry.version == version), None)
-    if entry is None:
+    named = next((each for each in read_history(lineage) if each.version == version), None)
+    if named is None:
         raise no_version(lineage, version)
-    if not report:
-        return CommandResult(ShownVersion(version=entry, page=None), _show_version(lineage, entry))
-    page = save_report(lineage, version, out or deal.home / "reports" / f"{lineage}-{version}.html")
-    shown = [*_show_version(lineage, entry), escape(f"Page: {page.file}")]
-    return CommandResult(ShownVersion(version=entry, page=page), shown)
-
-
-def _show_version(lineage: str, entry: HistoryEntry) -> Sequence[RenderableType]:
-    table = new_table("what", "value")
-    for name, value in {
-        "task": escape(entry.lesson),
-        "parent": f"version {entry.parent_version}" if entry.parent_version else "the base model",
-        "gate": _verdict(entry),
-        **({"rollback": f"[yellow]{escape(entry.rolled_back.describe())}[/]"} if entry.rolled_back else {}),
-        "aliases": " ".join(entry.aliases) or "–",
-        "average accuracy, %": percent(entry.average_accuracy),
-        "forgetting, points": percent(entry.forgetting),
-        **{f"{name}, %": percent(score) for name, score in entry.general.items()},
-        "KL to the base model, nats a token": "–" if entry.base_divergence is None else f"{entry.base_divergence:.3f}",
-        "version before, on the arrival": entry.arrival.figure if entry.arrival else "–",
-        "lost since it was learned, points": escape(
-            ", ".join(f"{task} {lost:.1f}" for task, lost in entry.debts.items()) or "–"
-        ),
-        "strategy": escape(entry.strategy),
-        "dataset": entry.dataset_sha256[:12],
-        "learned": f"{entry.created.astimezone():%Y-%m-%d %H:%M}",
-    }.items():
-        table.add_row(name, value)
-    reasons = [f"  • {escape(reason)}" for reason in (*entry.reasons, *entry.unsure)]
-    return [heading(f"Version {entry.version} of {lineage}"), table, *reasons]
+    page = None
+    if report:
+        page = str(save_report(lineage, version, out or deal.home / "reports" / f"{lineage}-{version}.html"))
+    shown = [
+        *render_facts(named, title=f"Version {version} of {lineage}"),
+        *(f"  • {escape(reason)}" for reason in _reasons(named)),
+        *([escape(f"Page: {page}")] if page else []),
+    ]
+    return CommandResult(ShownVersion(version=named, page=page), shown)
 
 
 @command(version_app, "starting", "deal version evaluate", "deal version evaluate 3")
@@ -252,14 +184,18 @@ def evaluate(
         return evaluate_flow(lineage, version)
 
     scores = deal.run(start, trains=True)
-    numbers = ["now", "at its run", "test rows"]
-    table = new_table("task", *numbers, right=numbers)
-    for task, accuracy in scores.accuracies.items():
-        num_rows = scores.num_rows[task]
-        table.add_row(task, score_text(accuracy, num_rows), percent(scores.recorded.get(task)), str(num_rows))
+    table = [
+        {
+            "task": task,
+            "now": CellScore(accuracy, scores.num_rows[task]),
+            "at its run": CellScore(scores.recorded.get(task), None),
+            "test rows": scores.num_rows[task],
+        }
+        for task, accuracy in scores.accuracies.items()
+    ]
     unjudged = [f"[yellow]{escape(why)}[/]" for why in scores.unjudged.values()]
-    title = heading(f"Accuracy of {scores.lineage}, version {scores.version}, %")
-    return CommandResult(scores, [title, table, *unjudged])
+    title = f"Accuracy of {scores.lineage}, version {scores.version}, %"
+    return CommandResult(scores, [*render(table, title), *unjudged])
 
 
 @command(version_app, "promoting", "deal version promote 4", 'deal version promote 4 --reason "checked by the bank"')
@@ -327,7 +263,7 @@ def show_decision(done: Decision) -> Sequence[RenderableType]:
         f"[bold green]Champion of {escape(done.lineage)}: version {done.champion}[/] (before: {before})"
     ]
     if done.left_behind:
-        shown += ["It has not learned:", _learned(done.left_behind), _remedy(done.lineage)]
+        shown += ["It has not learned:", *render(done.left_behind), _remedy(done.lineage)]
     return shown
 
 
@@ -361,14 +297,7 @@ def requeue(
 def _show_left_behind(lineage: str, left_behind: Sequence[LeftBehind]) -> Sequence[RenderableType]:
     if not left_behind:
         return [f"The champion of {escape(lineage)} has learned every accepted arrival."]
-    return [heading(f"Left behind in {lineage}"), _learned(left_behind), _remedy(lineage)]
-
-
-def _learned(left_behind: Sequence[LeftBehind]) -> RenderableType:
-    table = new_table("version", "task", "dataset", right=["version"])
-    for arrival in left_behind:
-        table.add_row(arrival.version, escape(arrival.task), arrival.dataset_sha256[:12])
-    return table
+    return [*render(left_behind, f"Left behind in {lineage}"), _remedy(lineage)]
 
 
 def _remedy(lineage: str) -> str:

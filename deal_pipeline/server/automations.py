@@ -52,10 +52,10 @@ MAX_RERUNS = 3
 TITLES: dict[Kind, str] = {
     "promoted": "version {{ event.payload.version }} was promoted",
     "rejected": "version {{ event.payload.version }} was rejected",
-    "awaiting-approval": "version {{ event.payload.version }} waits for approval",
+    "awaiting approval": "version {{ event.payload.version }} waits for approval",
     "rollout": "version {{ event.payload.version }} is tried on live traffic",
-    "rolled-back": "version {{ event.payload.version }} is champion again",
-    "alias-set-back": "a move of the alias in MLflow was set back",
+    "rolled back": "version {{ event.payload.version }} is champion again",
+    "alias set back": "a move of the alias in MLflow was set back",
     "held": "labels of {{ event.payload.task }} disagree with version {{ event.payload.version }}",
     "failed": "an adaptation failed",
     "drift": "live traffic of {{ event.payload.task }} has changed",

@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel
 
 from deal_core.errors import DealError, in_one_line
 from deal_core.safe_text import without_secrets
+from deal_core.shown import Shown
 from deal_pipeline.server.local_processes import read_stack
 from infra.branches import Branches
 from infra.lineage_state import Batch, LineageState, read_ended, read_state
@@ -49,15 +50,24 @@ NEWEST = 20
 DAY = timedelta(days=1)
 
 
+def time_since(when: datetime) -> str:
+    """Return the time since then in its largest unit that is not 0."""
+    seconds = (datetime.now(UTC) - when).total_seconds()
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
 class RunStatus(BaseModel, frozen=True):
     """A run on the Prefect server."""
 
-    name: str
-    state: str
+    name: Annotated[str, Shown("run")]
+    state: Annotated[str, Shown()]
     """The state's name in Prefect."""
-    since: datetime
+    since: Annotated[datetime, Shown("for", format=time_since)]
     """When the run began or should have begun."""
-    message: str
+    message: Annotated[str, Shown("why")]
     """What Prefect says of the state."""
     run_id: str
 
@@ -77,25 +87,25 @@ class ServerRuns(BaseModel, frozen=True):
 class PartStatus(BaseModel, frozen=True):
     """A process of `deal server up`."""
 
-    name: str
-    is_alive: bool
-    log: str
+    name: Annotated[str, Shown("process")]
+    is_alive: Annotated[bool, Shown("state", words={True: "up", False: "gone"}, is_state=True)]
+    log: Annotated[str, Shown()]
     """Path of its log."""
 
 
 class LineageStatus(BaseModel):
     """The state of a lineage."""
 
-    lineage: str
-    champion: str | None = None
+    lineage: Annotated[str, Shown()]
+    champion: Annotated[str | None, Shown()] = None
     """The version that serves; None: no version does."""
     run: str | None = None
     """The run that works on it in this home, a command's or a worker's, in one line; None: no run does."""
-    num_open: int | None = None
+    num_open: Annotated[int | None, Shown("open arrivals")] = None
     """Number of arrivals to learn; None: the lineage does not learn from the inbox automatically."""
     failed: tuple[str, ...] = ()
     """Arrivals that were refused or failed, each with the reason and the condition for a new try."""
-    held: str | None = None
+    held: Annotated[str | None, Shown("paused")] = None
     """Why the lineage learns nothing that lands; None: it learns."""
     held_arrivals: tuple[HeldArrival, ...] = ()
     """Arrivals that wait for `deal data release`: a run was cancelled, or labels disagree with the champion."""

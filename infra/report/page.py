@@ -16,7 +16,7 @@ from deal_core.monitoring.report import LiveLook
 from deal_core.safe_text import listed
 from infra.branches import KnownBranch
 from infra.report.run_report import Changed, RunReport
-from infra.versions import Rollback
+from infra.versions import Version, descent
 
 NUM_SHADES = 11
 """Shades of the heat map from 0 to 100 %; `page.css` has their colours, for light and for dark screens."""
@@ -42,24 +42,29 @@ class MatrixRow(NamedTuple):
 
 
 def render_page(
+    versions: Sequence[Version],
     report: RunReport,
     evaluation: EvaluationReport,
     live: LiveLook | None = None,
-    rolled_back: Rollback | None = None,
     remade: KnownBranch | None = None,
 ) -> str:
-    """Return the page of a run, from its `report.json` and its `evaluation.json`.
+    """Return the page of a version's run, with what became of the version since.
 
-    `live` is the last look at the version's live traffic; without it, the page has no section about it. `rolled_back`
-    is the rollback of the version, if there was one. `remade` is the branch whose last version it is, if the branch was
-    judged against the champion. Where matplotlib is not installed, as on a worker, the page says so in place of its
-    charts.
+    Where matplotlib is not installed, as on a worker, the page says so in place of its charts.
+
+    Args:
+        versions: Those of the lineage up to the version, which is the last one.
+        report: Its `report.json`.
+        evaluation: Its `evaluation.json`.
+        live: The last look at its live traffic; without it, the page has no section about it.
+        remade: The branch whose last version it is, if the branch was judged against the champion.
     """
-    versions = versions_of(report, evaluation)
+    version = versions[-1]
+    row_names = row_names_of(versions, evaluation)
     try:
         from infra.report.charts import charts_of
 
-        charts = charts_of(report, evaluation, versions, live)
+        charts = charts_of(report, evaluation, row_names, live)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
@@ -67,21 +72,21 @@ def render_page(
     landed, learned = count(report.quality.num_train, "row"), report.training.num_rows
     slowest = max(report.seconds.values(), default=0.0) or 1.0
     context: dict[str, Any] = {
+        "version": version,
+        "versions": versions,
         "report": report,
         "evaluation": evaluation,
-        "verdict": verdict_of(report),
-        "origin": origin_of(report),
+        "verdict": verdict_of(version),
         "learned_rows": landed if learned == report.quality.num_train else f"{learned} of {landed}",  # see `selection`
-        "scores": scores_of(report, evaluation),
+        "scores": scores_of(version, report, evaluation),
         "debts": [debt_text(task, debt) for task, debt in evaluation.debts.items()],
-        "matrix": matrix_rows(evaluation.matrix, versions),
+        "matrix": matrix_rows(evaluation.matrix, row_names),
         "charts": charts,
         "suites": suite_rows(evaluation),
         "timings": [(name, seconds, 100 * seconds / slowest) for name, seconds in report.seconds.items()],
         "totals": totals(report.changed),
         "otherwise": scored_otherwise(evaluation.metrics),
         "live": live,
-        "rolled_back": rolled_back and rolled_back.describe(),
         "compared": judgement_of(remade) if remade else (),
     }
     return _environment().get_template("page.html.j2").render(context)
@@ -154,21 +159,21 @@ def suite_rows(evaluation: EvaluationReport) -> list[SuiteRow]:
     return rows
 
 
-def verdict_of(report: RunReport) -> str:
-    """Return the gate's verdict on the version as a sentence."""
-    version = f"Version {report.version} of {report.lineage}"
-    if report.verdict == "rejected":
-        stays = f"{origin_of(report)} stays champion" if report.parent_version else "there is no champion yet"
-        if report.branch is not None:
-            stays = f"branch {report.branch} stays at {origin_of(report)}"
-        return f"{version}, trained on {report.lesson}, was rejected by the gate; {stays}."
+def verdict_of(version: Version) -> str:
+    """Return what became of a version as a sentence."""
+    name = f"Version {version.version} of {version.lineage}"
+    if version.is_rejected:
+        stays = f"{version.parent} stays champion" if version.parent_version else "there is no champion yet"
+        if version.branch is not None:
+            stays = f"branch {version.branch} stays at {version.parent}"
+        return f"{name}, trained on {version.learned}, was {version.standing}; {stays}."
     became = {
         "promoted": "was promoted",
-        "awaiting-approval": "waits for a person's approval",
+        "awaiting approval": "waits for a person's approval",
         "rollout": "is tried on live traffic",
-        "remade": f"was put on branch {report.branch}, whose newest version becomes champion in one swap",
+        "remade": f"was put on branch {version.branch}, whose newest version becomes champion in one swap",
     }
-    return f"{version} has learned {report.lesson}, passed the gate and {became[report.verdict]}."
+    return f"{name} has learned {version.learned}, passed the gate and {became[version.outcome]}."
 
 
 def judgement_of(remade: KnownBranch) -> tuple[str, ...]:
@@ -193,27 +198,17 @@ def judgement_of(remade: KnownBranch) -> tuple[str, ...]:
     return (*said[:1], *judgement.reasons, *said[1:])
 
 
-def versions_of(report: RunReport, evaluation: EvaluationReport) -> list[str]:
-    """Return the versions of the matrix's rows: this version's ancestors, oldest first, then this version.
+def row_names_of(versions: Sequence[Version], evaluation: EvaluationReport) -> list[str]:
+    """Return the versions of the matrix's rows: the last version's ancestors, oldest first, then the last version.
 
     Rejected versions have no row, and neither have versions that a rollback left out.
     """
-    parents = {link.version: link.parent_version for link in report.lineage_so_far}
-    chain: list[str] = []
-    version: str | None = report.version
-    while version is not None and version not in chain:
-        chain.insert(0, version)
-        version = parents.get(version)
+    line = [version.version for version in reversed(descent(versions, versions[-1]))]
     num_rows = len(evaluation.matrix.rows)
-    return chain if len(chain) == num_rows else [f"row {number}" for number in range(1, num_rows + 1)]
+    return line if len(line) == num_rows else [f"row {number}" for number in range(1, num_rows + 1)]
 
 
-def origin_of(report: RunReport) -> str:
-    """Return the name of the version's parent."""
-    return f"version {report.parent_version}" if report.parent_version else "the base model"
-
-
-def scores_of(report: RunReport, evaluation: EvaluationReport) -> list[tuple[str, str]]:
+def scores_of(version: Version, report: RunReport, evaluation: EvaluationReport) -> list[tuple[str, str]]:
     """Return the main results, each with its name."""
     matrix, task = evaluation.matrix, evaluation.task
     before = evaluation.parent_accuracy_new_task
@@ -224,8 +219,8 @@ def scores_of(report: RunReport, evaluation: EvaluationReport) -> list[tuple[str
         sureness = sureness_text(now, evaluation.num_rows.get(task))
         shown = f"{percent(start)} → {percent(now)} %" + (f" ({sureness})" if sureness else "")
         scores.insert(0, (f"{task}, before → now", shown))
-    if report.arrival is not None:
-        scores.append(("champion on the new rows, before", report.arrival.figure))
+    if version.arrival is not None:
+        scores.append(("champion on the new rows, before", version.arrival.figure))
     if matrix.forgetting is not None:
         scores.append(("forgetting", f"{points(matrix.forgetting)} points"))
     if matrix.relative_forgetting is not None and len({evaluation.metric_name(name) for name in matrix.tasks}) > 1:

@@ -1,4 +1,4 @@
-"""The values of a run's page that `evaluation.json` does not have. The store keeps them as `report.json`."""
+"""What a run's page needs beside the version and `evaluation.json`. The store keeps it as `report.json`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deal_core.errors import RegistryError
 from deal_core.schema_version import require_schema_version
-from infra.versions import VersionFacts
 
 REPORT_FILE = "report.json"
 EVALUATION_FILE = "evaluation.json"
 LIVE_FILE = "live.json"
 """The last look at the version's live traffic."""
 PAGE_FILE = "report.html"
-
-Verdict = Literal["promoted", "rejected", "awaiting-approval", "rollout", "remade"]
-"""remade: a branch made the version, and it passed its gate."""
 
 
 class ReportPart(BaseModel):
@@ -104,46 +100,20 @@ class Training(ReportPart):
     """The step that validation chose; None: the last one, without validation."""
 
 
-class Link(ReportPart):
-    """A version of the lineage."""
-
-    version: str
-    lesson: str
-    """What it learned, in a few words."""
-    strategy: str
-    parent_version: str | None
-    accepted: bool
-    average_accuracy: float | None
-    forgetting: float | None
-
-
-class Origin(ReportPart):
-    """The digests and names of a version's inputs."""
-
-    base: str
-    base_sha256: str
-    dataset_sha256: str
-    adapter_sha256: str
-    config_sha256: str
-    libraries: dict[str, str]
-
-
-class RunReport(VersionFacts, frozen=True, extra="forbid"):
-    """The values of a run's page that `evaluation.json` does not have."""
+class RunReport(ReportPart):
+    """The values of a run's page that neither its version nor `evaluation.json` has."""
 
     schema_version: Literal[1] = 1
-    lineage: str
-    lesson: str
-    """What the version learned, in a few words."""
-    verdict: Verdict
     include_texts: bool
     training: Training
     quality: Quality
     changed: tuple[Changed, ...]
     seconds: dict[str, float]
     """Wall time of each stage; after a crash, only of the known stages."""
-    lineage_so_far: tuple[Link, ...]
-    origin: Origin
+    base: str
+    """Name of the base model."""
+    libraries: dict[str, str]
+    """Versions of the libraries that trained."""
 
     @classmethod
     def from_json(cls, values: Any) -> RunReport:

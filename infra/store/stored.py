@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -42,6 +42,9 @@ class Stored(BaseModel):
     """Base of the models that lie in the store as a file of their own."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    NOT_STORED: ClassVar[frozenset[str]] = frozenset()
+    """Fields that its reader sets, from other files."""
 
     schema_version: Literal[1] = 1
 
@@ -77,7 +80,7 @@ def write_stored(store: ObjectStore, key: str, stored: Stored, *, if_absent: boo
 
 
 def _as_json(stored: Stored) -> bytes:
-    return (stored.model_dump_json(indent=2) + "\n").encode()
+    return (stored.model_dump_json(indent=2, exclude=set(stored.NOT_STORED)) + "\n").encode()
 
 
 def update_stored(

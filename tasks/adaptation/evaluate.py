@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from prefect import task
 
-from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, CellScore
-from deal_core.evaluation.interval import score_text
+from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
+from deal_core.evaluation.interval import CellScore, score_text
 from deal_core.evaluation.metrics import right_answers, score_answers
 from deal_core.evaluation.report import AdapterFacts, AddedRows, Debt, EvaluationReport, Scores, mean_score
 from deal_core.evaluation.significance import PairedDrop

@@ -25,17 +25,14 @@ from infra.report.run_report import (
     EVALUATION_FILE,
     PAGE_FILE,
     REPORT_FILE,
-    Link,
-    Origin,
     Quality,
     QuarantinedRow,
     RunReport,
     Training,
-    Verdict,
 )
 from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.tracking.client import installed_version
-from infra.versions import Version, VersionFacts, Versions
+from infra.versions import Version, Versions
 from tasks.adaptation.run import STAGE
 from tasks.context import current_store
 from tasks.data_files import local_files
@@ -71,11 +68,10 @@ def gather_report(
     seconds: Mapping[str, float],
     parent_answers: Answers | None,
 ) -> RunReport:
-    """Collect everything about a registered version that its page shows, apart from the evaluation."""
+    """Collect what the page of a registered version shows beside the version and its evaluation."""
     dataset, summary, include_texts = findings.dataset, findings.training, findings.spec["data"]["include_texts"]
-    versions = {entry.version: entry for entry in Versions(store).all(version.lineage)}
     if parent_answers is None:
-        parent = versions.get(version.parent_version or "")
+        parent = Versions(store).find(version.lineage, version.parent_version or "")
         parent_answers = read_answers(store, parent.adapter_uri).now if parent else {}
     facts_of_training = summary.model_dump(include=set(Training.model_fields))
     losses = [(step, loss) for step, loss in summary.losses if math.isfinite(loss)]
@@ -84,34 +80,14 @@ def gather_report(
         with suppress(metadata.PackageNotFoundError):  # the checkout is not installed
             libraries[name] = installed_version(name)
     return RunReport(
-        **version.model_dump(include=set(VersionFacts.model_fields)),
-        lineage=version.lineage,
-        lesson=version.lesson,
-        verdict=_ended_as(version),
         include_texts=include_texts,
         training=Training(**facts_of_training | {"losses": thin(losses, MAX_LOSSES)}),
         quality=_quality(store, dataset, include_texts),
         changed=compare_answers(store, version, parent_answers, include_texts=include_texts),
         seconds=dict(seconds),
-        lineage_so_far=tuple(
-            Link(**{name: getattr(entry, name) for name in Link.model_fields})
-            for entry in versions.values()
-            if int(entry.version) <= int(version.version)
-        ),
-        origin=Origin(
-            base=base_name,
-            libraries=libraries,
-            **version.model_dump(include={"base_sha256", "dataset_sha256", "adapter_sha256", "config_sha256"}),
-        ),
+        base=base_name,
+        libraries=libraries,
     )
-
-
-def _ended_as(version: Version) -> Verdict:
-    """Return how a version's run ended, or that it has become champion since."""
-    verdict: Verdict = version.outcome
-    if verdict == "promoted" and version.branch is not None:
-        verdict = "remade"
-    return "promoted" if verdict in ("rollout", "remade") and version.since.promoted is not None else verdict
 
 
 def thin(points: Sequence[tuple[int, float]], limit: int) -> list[tuple[int, float]]:
@@ -184,7 +160,7 @@ def report_version(
     try:
         patient(create_markdown_artifact)(
             key=artifact_key(version.lineage),
-            markdown=markdown_of(collected, report),
+            markdown=markdown_of(version, collected, report),
             description=f"Version {version.version} of {version.lineage}: {report.task}",
         )
     except Exception as error:  # the store has the whole report
@@ -197,22 +173,22 @@ def artifact_key(lineage: str) -> str:
     return f"adapt-{key}" if key == lineage else f"adapt-{key}-{hashlib.sha256(lineage.encode()).hexdigest()[:8]}"
 
 
-def markdown_of(report: RunReport, evaluation: EvaluationReport) -> str:
+def markdown_of(version: Version, report: RunReport, evaluation: EvaluationReport) -> str:
     """Return the short page: verdict, scores, numbers of rows, notes and timings. It has no text of a row."""
     quality = report.quality
     lines = [
-        f"# {words.verdict_of(report)}",
-        *(f"- {reason}" for reason in (*report.reasons, *report.unsure)),
+        f"# {words.verdict_of(version)}",
+        *(f"- {reason}" for reason in (*version.reasons, *version.unsure)),
         "",
-        "; ".join(f"{name}: **{value}**" for name, value in words.scores_of(report, evaluation)) + ".",
-        f"{'Judged against' if evaluation.is_consolidation else 'Continues'} {words.origin_of(report)}.",
+        "; ".join(f"{name}: **{value}**" for name, value in words.scores_of(version, report, evaluation)) + ".",
+        f"{'Judged against' if evaluation.is_consolidation else 'Continues'} {version.parent}.",
         f"{quality.num_train} training rows, {quality.num_test} test rows, {quality.num_rejected} in quarantine.",
         *(f"Test rows of {task.task}: {task.num_gained} gained, {task.num_lost} lost." for task in report.changed),
         f"{', '.join(f'{name} {words.duration(value)}' for name, value in report.seconds.items())}.",
         "",
         *(f"- {note}" for note in evaluation.notes),
         "",
-        f"The whole page: `deal version show {report.version} --report --lineage {report.lineage}`, or `{PAGE_FILE}` "
+        f"The whole page: `deal version show {version.version} --report --lineage {version.lineage}`, or `{PAGE_FILE}` "
         "in MLflow.",
     ]
     return "\n".join(lines) + "\n"

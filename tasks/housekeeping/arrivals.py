@@ -10,13 +10,14 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel
 
 from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.schema import DatasetManifest
 from deal_core.errors import ConfigError
+from deal_core.shown import Shown
 from infra.deleted_inputs import UnknownRows
 from infra.lineage_state import EndedArrival, lineages_with_state, read_ended, read_state
 from infra.store import keys
@@ -298,20 +299,20 @@ def arrival_inputs(
 class ListedArrival(BaseModel, frozen=True):
     """One arrival, for `deal data list`."""
 
-    name: str
+    name: Annotated[str, Shown("arrival")]
     """What other commands call it: the first characters of its dataset's digest, or inbox/TASK/FILE."""
-    file: str | None = None
+    file: Annotated[str | None, Shown()] = None
     """Name of the file or folder that landed; None: it is not known any more."""
-    landed: datetime | None = None
+    landed: Annotated[datetime | None, Shown(spare=1)] = None
     """When its rows were stored first; None: it is held and has no dataset yet, or it is not known any more."""
-    task: str
+    task: Annotated[str, Shown()]
     dataset_sha256: str | None = None
     """None: it is held and has no dataset yet."""
-    num_train: int | None = None
-    num_test: int | None = None
-    learned_by: tuple[str, ...] = ()
+    num_train: Annotated[int | None, Shown("training rows")] = None
+    num_test: Annotated[int | None, Shown("test rows")] = None
+    learned_by: Annotated[tuple[str, ...], Shown()] = ()
     """LINEAGE/VERSION of every version that was trained on it."""
-    state: str
+    state: Annotated[str, Shown()]
     """stored, learned, held (and why), rolled back (to which version, when, by whom and why), or forgotten (when, and
     why)."""
 

@@ -6,12 +6,13 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache, partial
 from itertools import chain, groupby
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, Field
 
 from deal_core.adapter.files import METHOD_FILES, METHOD_TENSORS_FILE
 from deal_core.errors import StoreError
+from deal_core.shown import ACCEPTED, Shown
 from infra.deleted_inputs import UnknownRows, read_deleted
 from infra.lineage_state import EndedArrival, LineageState, lineages_with_state, rewrite_ended, update
 from infra.predictions import answers_to, forget_answers
@@ -68,10 +69,10 @@ FIGURES = (EVALUATION_FILE, LIVE_FILE)
 class RowsPlace(BaseModel, frozen=True):
     """A place with rows of the arrival."""
 
-    kind: Kind
-    address: str
+    kind: Annotated[Kind, Shown("what")]
+    address: Annotated[str, Shown("where")]
     """Key in the store, or path on this machine."""
-    num_bytes: int = 0
+    num_bytes: Annotated[int, Shown("size", unit="bytes", words={0: "–"})] = 0
     run_key: str | None = None
     """The run of a report, whose copy in MLflow has to go too."""
     lineage: str | None = None
@@ -83,14 +84,14 @@ class RowsPlace(BaseModel, frozen=True):
 class AffectedVersion(BaseModel, frozen=True):
     """A version that learned from the arrival, directly or through an ancestor."""
 
-    lineage: str
-    version: str
-    task: str
-    is_direct: bool
+    lineage: Annotated[str, Shown()]
+    version: Annotated[str, Shown()]
+    task: Annotated[str, Shown()]
+    is_direct: Annotated[bool, Shown("how", words={True: "trained on it", False: "continues one that was"})]
     """Whether the version itself was trained on the arrival."""
-    accepted: bool
+    accepted: Annotated[bool, ACCEPTED]
     """Whether its gate accepted it."""
-    aliases: tuple[str, ...]
+    aliases: Annotated[tuple[str, ...], Shown("alias")]
 
 
 class ForgetPlan(ArrivalDigests, frozen=True):

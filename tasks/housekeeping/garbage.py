@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from filelock import FileLock
 from pydantic import BaseModel
@@ -22,6 +22,7 @@ from pydantic import BaseModel
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.data.schema import is_name
 from deal_core.errors import StoreError
+from deal_core.shown import Shown
 from infra.branches import Branch, Branches, tip_of
 from infra.disk import disk_full
 from infra.log_batches import Log, beyond_retention, merge_batches
@@ -60,13 +61,13 @@ class Folder(NamedTuple):
 class Removal(BaseModel, frozen=True):
     """One thing to remove, with the reason."""
 
-    lineage: str
+    lineage: Annotated[str, Shown()]
     """Empty: it belongs to no lineage."""
-    kind: Kind
-    address: str
+    kind: Annotated[Kind, Shown("what")]
+    address: Annotated[str, Shown("where")]
     """Key in the store, or path on this machine."""
-    num_bytes: int
-    reason: str
+    num_bytes: Annotated[int, Shown("size", unit="bytes")]
+    reason: Annotated[str, Shown("why")]
     """Why it is not needed."""
     version: str | None = None
     """The version of a removed adapter."""

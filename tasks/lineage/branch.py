@@ -121,7 +121,7 @@ def swap_in(store: ObjectStore, branch: Branch, tip: Version, who: str, accepted
         why=why,
         branch=branch.number,
     )
-    announce("rolled-back" if is_old else "promoted", Notice.of(tip, reasons=(why,), who=who))
+    announce("rolled back" if is_old else "promoted", Notice.of(tip, reasons=(why,), who=who))
 
 
 def require_unmoved(store: ObjectStore, branch: Branch) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel
 
 from deal_core.limits import Count, Flag
 from deal_core.safe_text import listed
+from deal_core.shown import Shown
 from infra.store import keys
 from infra.versions import LearnedArrival, Version, champion_of, descent
 from tasks.references import DatasetRef
@@ -87,19 +88,20 @@ def why_due(policy: ConsolidatePolicy, versions: Sequence[Version], budget_point
 Source = Literal["retained", "files", "kept", "none"]
 """retained: the dataset in the store has its training rows. files: they are read from the files that landed. kept: only
 the rows that the method kept of its task are left. none: no row is."""
+_SOURCES = {"retained": "retained rows", "files": "landed files", "kept": "kept rows only", "none": "gone"}
 
 
 class LearnedRows(BaseModel, frozen=True):
     """An arrival of the champion's line, and what is left of its rows."""
 
-    version: str
+    version: Annotated[str, Shown()]
     """The version that learned it."""
-    task: str
+    task: Annotated[str, Shown()]
     dataset_sha256: str
-    source: Source
-    num_rows: int
+    source: Annotated[Source, Shown("from", words=_SOURCES)]
+    num_rows: Annotated[int, Shown("rows")]
     """Training rows that it had; 0 if they are gone."""
-    why: str = ""
+    why: Annotated[str, Shown()] = ""
     """Why its rows are gone; empty: they are not."""
 
 

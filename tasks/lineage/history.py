@@ -9,17 +9,7 @@ from deal_core.safe_text import listed
 from infra.branches import Branches
 from infra.store import keys
 from infra.store.base import ObjectStore
-from infra.versions import (
-    ROLLOUT,
-    Alias,
-    ApprovalState,
-    Rollback,
-    Version,
-    VersionFacts,
-    Versions,
-    descent,
-    require_adapter,
-)
+from infra.versions import ROLLOUT, Version, Versions, descent, require_adapter
 from tasks.context import current_store
 
 
@@ -34,42 +24,17 @@ def no_version(lineage: str, version: str) -> RegistryError:
     return RegistryError(f"Lineage '{lineage}' has no version {version}; see: deal version list --lineage {lineage}")
 
 
-class HistoryEntry(VersionFacts, frozen=True):
-    """One version of a lineage. Scores are None where the lineage has too few tasks for them."""
-
-    lesson: str
-    """What it learned, in a few words."""
-    approval: ApprovalState | None
-    """State of a person's approval; None: no approval is needed."""
-    aliases: tuple[Alias, ...]
-    """champion serves, previous served before it, and challenger is the newest version that was accepted and not rolled
-    back. rollout is tried on live traffic."""
-    rolled_back: Rollback | None
-    """None: it was never rolled back, or serves again since, itself or in a version that continues it."""
-    adapter: str
-    """Full address of its PEFT folder."""
-
-
-def read_history(lineage: str, newest: int | None = None) -> list[HistoryEntry]:
-    """Return the versions of a lineage, oldest first. `newest` limits their number.
+def read_history(lineage: str) -> tuple[Version, ...]:
+    """Return the versions of a lineage, oldest first.
 
     Raises:
         NoVersionError: The lineage has no version.
         StoreError: The store does not answer, or a version is damaged.
     """
-    store = current_store()
-    versions = Versions(store).all(lineage)
+    versions = Versions(current_store()).all(lineage)
     if not versions:
         raise NoVersionError(unknown_lineage(lineage))
-    shared = HistoryEntry.model_fields.keys() - {"adapter", "rolled_back"}
-    return [
-        HistoryEntry(
-            **{name: getattr(version, name) for name in shared},
-            adapter=store.uri_of(version.adapter_uri),
-            rolled_back=version.since.rolled_back,
-        )
-        for version in versions[-newest if newest else 0 :]
-    ]
+    return versions
 
 
 def find_version(store: ObjectStore, lineage: str, version: str | None) -> Version:

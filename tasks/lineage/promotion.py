@@ -14,7 +14,8 @@ from typing import Literal
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.errors import RegistryError
 from infra.branches import Branches
-from infra.promotions import Action, Change, Decision, LeftBehind, PromotionLog
+from infra.outcomes import Action
+from infra.promotions import Change, Decision, LeftBehind, PromotionLog
 from infra.store.base import ObjectStore
 from infra.versions import Version, Versions, descent, require_adapter
 from tasks.context import current_store
@@ -26,7 +27,7 @@ from tasks.lineage.history import (
     unknown_lineage,
 )
 from tasks.lineage.tombstones import find_tombstone
-from tasks.notices import Kind, Notice, announce
+from tasks.notices import Notice, announce
 
 GATE = "gate"
 """The name in the log for a move without a person."""
@@ -48,7 +49,7 @@ def promote_accepted(store: ObjectStore, version: Version) -> None:
         champion = Versions(store).champion(version.lineage)
         now = f"version {champion.version} is" if champion else "no version is"
         raise RegistryError(
-            f"Version {version.version} of {version.lineage} continues {_origin(version)}, but {now} champion now; it "
+            f"Version {version.version} of {version.lineage} continues {version.parent}, but {now} champion now; it "
             "was not promoted. Run the same command again: it starts from the present champion."
         )
     if is_open(version):
@@ -90,8 +91,8 @@ def move_champion(
     why: str,
     run: str | None = None,
     branch: int | None = None,
-) -> None:
-    """Make a version the champion, or let it be tried on live traffic. Do nothing if it is so already.
+) -> Change:
+    """Make a version the champion, or let it be tried on live traffic; return the change. If it is so, do nothing.
 
     A rollout leaves the champion as it is, and ends the rollout of another version: that version is left behind.
 
@@ -111,11 +112,6 @@ def move_champion(
         is_done, champion, kind = opened is not None and opened.version == own, before, version.rollout.kind
     else:
         is_done, champion, kind = before == own, own, None
-    if is_done:
-        return
-    present = Versions(store).find(lineage, own)  # the caller's copy may be older than the log
-    if present is not None and present.approval == "refused":
-        raise RegistryError(rejected_by_person(present))
     change = Change(
         action=action,
         lineage=lineage,
@@ -128,6 +124,11 @@ def move_champion(
         rollout=kind,
         branch=branch,
     )
+    if is_done:
+        return change
+    present = Versions(store).find(lineage, own)  # the caller's copy may be older than the log
+    if present is not None and present.approval == "refused":
+        raise RegistryError(rejected_by_person(present))
     if before == expected and (move := log.add(last, change)) is not None:
         removed = Versions(store).find(lineage, own)
         if action != "rollout" and removed is not None and removed.since.adapter_removed:  # a deletion was faster
@@ -138,7 +139,7 @@ def move_champion(
             )
             log.add(move, undone)
             require_adapter(removed)
-        return
+        return change
     winner = log.last(lineage)
     by = f" by {winner.who} ({winner.why})" if winner else ""
     what = "tried on live traffic" if action == "rollout" else "made champion"
@@ -175,19 +176,16 @@ def promote_to(lineage: str, version: str, *, who: str, why: str, run: str | Non
     """
     store = current_store()
     chosen = _to_promote(store, lineage, version)
-    before = chosen.parent_version
-    begins_rollout = chosen.approval == "awaiting" and chosen.rollout is not None
-    action: Literal["promoted", "rollout"] = "rollout" if begins_rollout else "promoted"
-    move_champion(store, chosen, expected=before, action=action, who=who, why=why, run=run)
-    return Decision(
-        action=action,
-        lineage=lineage,
-        version=version,
-        before=before,
-        champion=before if begins_rollout else version,
+    change = move_champion(
+        store,
+        chosen,
+        expected=chosen.parent_version,
+        action="rollout" if chosen.approval == "awaiting" and chosen.rollout is not None else "promoted",
         who=who,
         why=why,
+        run=run,
     )
+    return Decision.model_validate(change, from_attributes=True)
 
 
 def _to_promote(store: ObjectStore, lineage: str, version: str) -> Version:
@@ -199,7 +197,7 @@ def _to_promote(store: ObjectStore, lineage: str, version: str) -> Version:
         raise RegistryError(f"No version of '{lineage}' can be promoted now: {branch.why_waiting}")
     if number == version:
         raise RegistryError(f"Version {version} of '{lineage}' is its champion already.")
-    if chosen.standing == "in a branch":
+    if chosen.standing == "remade":
         raise RegistryError(
             f"Version {version} of '{lineage}' was made again by a branch, and becomes champion only with the whole "
             f"branch. See: deal lineage branch {lineage}"
@@ -211,7 +209,7 @@ def _to_promote(store: ObjectStore, lineage: str, version: str) -> Version:
             else f"deal version requeue {version} --lineage {lineage}, which learns its arrival again on the champion"
         )
         raise RegistryError(
-            f"Version {version} of '{lineage}' continues {_origin(chosen)}, but "
+            f"Version {version} of '{lineage}' continues {chosen.parent}, but "
             f"{f'version {number}' if number else 'no version'} is champion: what was learned since would "
             f"be lost. Use {remedy}."
         )
@@ -226,18 +224,10 @@ def roll_back(lineage: str, to: str | None, *, who: str, why: str) -> Decision:
     """
     store = current_store()
     champion, chosen = _to_roll_back(store, lineage, to)
-    move_champion(store, chosen, expected=champion.version, action="rolled back", who=who, why=why)
+    change = move_champion(store, chosen, expected=champion.version, action="rolled back", who=who, why=why)
     versions = Versions(store).all(lineage)
-    return Decision(
-        action="rolled back",
-        lineage=lineage,
-        version=chosen.version,
-        before=champion.version,
-        champion=chosen.version,
-        who=who,
-        why=why,
-        left_behind=left_behind(descent(versions, champion), descent(versions, chosen)),
-    )
+    left = left_behind(descent(versions, champion), descent(versions, chosen))
+    return Decision(**change.model_dump(), left_behind=left)
 
 
 def _to_roll_back(store: ObjectStore, lineage: str, to: str | None) -> tuple[Version, Version]:
@@ -312,10 +302,9 @@ def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decisio
 
 def announce_decision(done: Decision, *, to_server: bool = True) -> tuple[str, ...]:
     """Announce a move or a rejection that the promotion log has; return who was not told. For errors see `announce`."""
-    kinds: dict[Action, Kind] = {"rolled back": "rolled-back", "rejected": "rejected", "rollout": "rollout"}
     version = find_version(current_store(), done.lineage, done.version)
     notice = Notice.of(version, reasons=(done.why,), who=done.who)
-    return announce(kinds.get(done.action, "promoted"), notice, to_server=to_server)
+    return announce(done.action, notice, to_server=to_server)
 
 
 def left_behind(before: Sequence[Version], now: Sequence[Version]) -> tuple[LeftBehind, ...]:
@@ -326,10 +315,6 @@ def left_behind(before: Sequence[Version], now: Sequence[Version]) -> tuple[Left
         for version in reversed(before)
         if not version.is_consolidation and not arrival_digests(version, before) & learned
     )
-
-
-def _origin(version: Version) -> str:
-    return f"version {version.parent_version}" if version.parent_version else "the base model"
 
 
 def _require_usable(store: ObjectStore, version: Version) -> None:
@@ -355,7 +340,7 @@ def find_left_behind(lineage: str) -> tuple[LeftBehind, ...]:
     versions = Versions(store).all(lineage)
     if not versions:
         raise NoVersionError(unknown_lineage(lineage))
-    standings = ("learned", "awaiting approval", "in rollout")
+    standings = ("learned", "awaiting approval", "rollout")
     learned = {digest for version in versions if version.standing in standings for digest in version.digests}
     newest_first: list[LeftBehind] = []
     for version in reversed(versions):

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from pydantic import BaseModel
 
 from deal_core.errors import ConfigError, RegistryError
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.monitoring.report import LiveLook
 from deal_core.regular_file import complete_file
 from infra.branches import Branches
-from infra.report import page as words
 from infra.report.page import render_page
 from infra.report.run_report import EVALUATION_FILE, LIVE_FILE, REPORT_FILE, RunReport
 from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.store.keys import report_key
 from infra.store.stored import reading_stored
-from infra.versions import Version
+from infra.versions import Version, Versions
 from tasks.context import current_store
 from tasks.lineage.history import find_version
 
@@ -45,13 +43,17 @@ def read_report(store: ObjectStore, version: Version, file: str) -> Any:
 _REMEDY = "Everything but the report works without it."
 
 
-def read_page(store: ObjectStore, version: Version) -> tuple[RunReport, str]:
-    """Return a version's report, and its page with the last look at its live traffic.
+def read_page(store: ObjectStore, versions: Sequence[Version], number: str) -> tuple[RunReport, str]:
+    """Return the report of a version, of those of its lineage, and its page.
+
+    The page has the last look at the version's live traffic.
 
     Raises:
         RegistryError: It has no report, or another release wrote it.
         StoreError: The report is damaged.
     """
+    versions = [version for version in versions if int(version.version) <= int(number)]
+    version = versions[-1]
     try:
         report = RunReport.from_json(read_report(store, version, REPORT_FILE))
         evaluation = EvaluationReport.from_json(read_report(store, version, EVALUATION_FILE))
@@ -64,42 +66,22 @@ def read_page(store: ObjectStore, version: Version) -> tuple[RunReport, str]:
     live = LiveLook.from_json(read_report(store, version, LIVE_FILE)) if has_live else None
     branches = Branches(store).all(version.lineage)
     remade = next((known for known in branches if known.judgement and known.judgement.tip == version.version), None)
-    return report, render_page(report, evaluation, live, version.since.rolled_back, remade)
+    return report, render_page(versions, report, evaluation, live, remade)
 
 
-class WrittenReport(BaseModel, frozen=True):
-    """A written page and its verdict."""
-
-    lineage: str
-    version: str
-    verdict: str
-    summary: str
-    """The verdict in one sentence."""
-    reasons: tuple[str, ...]
-    """Why the gate rejected the version."""
-    file: Path
-    """Path of the page."""
-
-
-def save_report(lineage: str, version: str, file: Path) -> WrittenReport:
-    """Write the page of a version to a file. A present file is replaced.
+def save_report(lineage: str, version: str, file: Path) -> Path:
+    """Write the page of a version to a file, and return its whole path. A present file is replaced.
 
     Raises:
         RegistryError: There is no such version, or it has no report.
         ConfigError: The file cannot be written.
     """
     store = current_store()
-    report, page = read_page(store, find_version(store, lineage, version))
+    find_version(store, lineage, version)
+    _, page = read_page(store, Versions(store).all(lineage), version)
     try:
         with complete_file(file) as part:
             part.write_text(page, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"The page cannot go to {file} ({error.strerror}); give another --out.") from None
-    return WrittenReport(
-        lineage=lineage,
-        version=version,
-        verdict=report.verdict,
-        summary=words.verdict_of(report),
-        reasons=report.reasons,
-        file=file.resolve(),
-    )
+    return file.resolve()

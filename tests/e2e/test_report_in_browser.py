@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from infra.report.page import render_page
-from tests.report_sample import sample_evaluation, sample_report
+from tests.report_sample import sample_evaluation, sample_report, sample_versions
 
 CHROMIUM = shutil.which("chromium")
 HEIGHT = 844
@@ -29,7 +29,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "report.html"
-    path.write_text(render_page(sample_report(), sample_evaluation()), encoding="utf-8")
+    path.write_text(render_page(sample_versions(), sample_report(), sample_evaluation()), encoding="utf-8")
     return path
 
 

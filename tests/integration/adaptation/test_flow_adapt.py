@@ -315,7 +315,7 @@ def test_a_promotion_cut_short_is_completed_by_the_next_run(
     assert (repeat.status, repeat.rejected, repeat.version) == ("repeat", False, "2")
     assert versions() == [("1", "bank", ("previous",)), ("2", "clinic", ("challenger", "champion"))]
     assert len(PromotionLog(current_store()).moves("l")) == 2, "no move is written twice"
-    assert journal_of(repeat).state == "finished" and page_of(repeat)[0].version == "2"
+    assert journal_of(repeat).state == "finished" and "Version 2 of l" in page_of(repeat)[1]
     assert not list((home / "work").rglob("*.*")), "nothing of the killed run is left"
     assert not list((home / "store" / "datasets").rglob("train.parquet")), "the rows are learned"
 
@@ -337,7 +337,7 @@ def test_a_report_that_fails_after_a_promotion_fails_no_run_and_a_later_run_writ
         assert find_parent("l") == version_of(learned), "the lineage goes on without the report"
 
     assert find_parent("l") == version_of(learned)
-    assert journal_of(learned).state == "finished" and page_of(learned)[0].version == learned.version
+    assert journal_of(learned).state == "finished" and f"Version {learned.version} of l" in page_of(learned)[1]
 
 
 def test_a_journal_that_cannot_be_written_does_not_hide_why_a_run_failed(

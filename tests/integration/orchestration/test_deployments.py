@@ -106,7 +106,7 @@ def check_a_late_run_is_shown_among_many_of_a_later_time() -> None:
 
 
 def check_the_notice_of_a_version_that_waits_leads_to_the_form(receiver: Receiver) -> None:
-    for kind in ("awaiting-approval", "promoted"):
+    for kind in ("awaiting approval", "promoted"):
         announce(kind, Notice(lineage="l", version="3"))  # type: ignore[arg-type]
     waits, promoted = (notice["payload"]["decide_url"] for notice in receiver.told())
     assert promoted is None

@@ -34,7 +34,6 @@ from tasks import scorer
 from tasks.arrival_states import claim, plan
 from tasks.context import current_store
 from tasks.lineage.datasets import read_manifest
-from tasks.lineage.history import read_history
 from tasks.lineage.reports import read_page
 from tasks.lineage.retrain import RetrainPolicy, Waiting
 from tasks.lineage.settings import WatchedLineage, add_lineage, read_lineage
@@ -195,12 +194,11 @@ def test_a_champion_that_answers_the_new_rows_well_enough_learns_nothing(tiny_ba
     add(tiny_base, skip_if_accuracy=1.0)
     land(home, "parcels/3.jsonl", ROWS[60:])
     assert learn(now()) == [("parcels/3.jsonl", "promoted", "2")]
-    (score,) = [entry.arrival for entry in read_history("l", 1)]
+    score = versions()[-1].arrival
     assert score is not None and 0 < score.accuracy < 1 and score.num_rows == NUM_LEFT
     newest = versions()[-1]
     assert mlflow_run("l", newest.run_key).data.metrics["arrival/accuracy"] == score.accuracy
-    report, page = read_page(current_store(), newest)
-    assert report.arrival == score and score.figure in page
+    assert score.figure in read_page(current_store(), versions(), newest.version)[1]
     with put_back():
         shown = CliRunner().invoke(app, ["version", "list", "--lineage", "l"]).output
     assert "on arrival" in shown and f"{100 * score.accuracy:.1f}" in shown

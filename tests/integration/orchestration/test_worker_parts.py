@@ -82,8 +82,8 @@ def test_a_worker_loads_every_flow_and_writes_a_page_without_charts(tmp_path: Pa
 import importlib
 for name in {modules}: importlib.import_module(name)
 from infra.report.page import render_page
-from tests.report_sample import sample_evaluation, sample_report
-page = render_page(sample_report(), sample_evaluation())
+from tests.report_sample import sample_evaluation, sample_report, sample_versions
+page = render_page(sample_versions(), sample_report(), sample_evaluation())
 assert "matplotlib was not installed where this page was written" in page and "<svg" not in page
 """
     done = python_without_them(tmp_path, "-c", code)

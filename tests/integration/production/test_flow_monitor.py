@@ -151,7 +151,7 @@ def test_a_look_is_kept_in_mlflow_on_the_page_and_in_the_status(lineage: Path, t
     assert steps == [1, 2], "all looks at a version are one run"
     assert RunJournal(current_store()).all("l") == before, "no adaptation"
 
-    page = save_report("l", "3", tmp_path / "page.html").file.read_text(encoding="utf-8")
+    page = save_report("l", "3", tmp_path / "page.html").read_text(encoding="utf-8")
     assert '<h2 id="live">Live traffic</h2>' in page and "clinic: drift</h3>" in page and "bank: no alarm</h3>" in page
     assert page.count("What to do: ") == 1 and "deal feedback sample clinic --lineage" in page
     assert page.count(" and its reference</title>") == 2
@@ -159,7 +159,7 @@ def test_a_look_is_kept_in_mlflow_on_the_page_and_in_the_status(lineage: Path, t
     (own,) = client.search_runs(experiments, f"tags.`deal.run_key` = '{run_key}'")
     kept = Path(client.download_artifacts(own.info.run_id, "report.html", str(tmp_path))).read_text(encoding="utf-8")
     assert kept == page
-    assert "Live traffic" not in save_report("l", "1", tmp_path / "one.html").file.read_text(encoding="utf-8")
+    assert "Live traffic" not in save_report("l", "1", tmp_path / "one.html").read_text(encoding="utf-8")
     assert "l live: version 3" in deal("status") and "clinic: drift since" in deal("status")
     shown = " ".join(deal("monitor", "--lineage", "l").split())
     assert "alarm" in shown and "deal feedback sample clinic --lineage l" in shown, "what to do is said"
@@ -176,7 +176,7 @@ def test_a_look_counts_while_mlflow_is_away(
     assert [each.kind for each in found.new_alarms] == ["drift"] and len(receiver.told()) == 1
     state = read_state(current_store(), "l").monitor
     assert state is not None and state.num_looks == 1
-    page = save_report("l", "3", tmp_path / "page.html").file.read_text(encoding="utf-8")
+    page = save_report("l", "3", tmp_path / "page.html").read_text(encoding="utf-8")
     assert "bank: drift</h3>" in page
 
 

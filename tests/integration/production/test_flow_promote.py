@@ -27,7 +27,7 @@ from infra.versions import Since, Version, Versions
 from tasks.adaptation.resume import find_parent
 from tasks.context import current_store
 from tasks.housekeeping.arrivals import list_data
-from tasks.lineage.history import find_version, read_history
+from tasks.lineage.history import find_version
 from tasks.lineage.promotion import (
     announce_decision,
     find_left_behind,
@@ -125,7 +125,7 @@ def test_a_rollback_moves_champion_and_previous_and_says_what_it_leaves_behind(m
     )
     done = roll_back("l", None, **BY)
     announce_decision(done)
-    assert told == [("rolled-back", "1", "tester")]
+    assert told == [("rolled back", "1", "tester")]
     assert (done.before, done.champion) == ("2", "1")
     assert [(left.version, left.task) for left in done.left_behind] == [("2", "parcels")]
     assert (aliases()["champion"], aliases()["previous"], aliases()["challenger"]) == ("1", "2", "1")
@@ -224,7 +224,7 @@ def test_a_version_that_needs_approval_waits_and_is_no_parent(tiny_base: Path, w
 
     promote_to("l", "3", **BY)
     assert aliases() == {"champion": "3", "previous": "2", "challenger": "3"}
-    assert [entry.approval for entry in read_history("l")] == [None, None, "given"]
+    assert [entry.approval for entry in Versions(current_store()).all("l")] == [None, None, "given"]
     assert learn(tiny_base, "clinic").message.startswith("Nothing to do: version 3 has learned")
 
 

@@ -64,7 +64,7 @@ def newest_move() -> tuple[str, str, str | None, str]:
 
 def test_a_version_in_rollout_is_neither_champion_nor_parent_nor_left_behind() -> None:
     version = begin("a")
-    assert (in_rollout(), champion(), standing("4")) == ("4", "3", "in rollout")
+    assert (in_rollout(), champion(), standing("4")) == ("4", "3", "rollout")
     assert newest_move() == ("rollout", "4", "3", "gate")
     num_moves = len(PromotionLog(current_store()).moves("l"))
     store = current_store()
@@ -131,7 +131,7 @@ def test_the_commands_say_what_is_tried(home: Path) -> None:
     found = json.loads(deal("rollout", "status", "--apply", "--json"))
     assert found["decision"] is None and found["status"]["report"]["verdict"] == "goes on"
     assert "0 of 200 answers count. It goes on." in deal("rollout", "status")
-    assert "in rollout" in deal("version", "list")
+    assert "rollout" in deal("version", "list")
     status = CliRunner().invoke(app, ["status", "--home", str(home)]).stdout
     assert "l rollout: version 4 is tried (canary) since" in status
     assert "Champion of l: version 4" in deal("rollout", "finish", "--reason", "enough")

@@ -237,11 +237,14 @@ def test_a_version_stands_as_the_log_and_the_gate_say(store: FileStore) -> None:
     [
         ({}, [], "rejected"),
         ({"accepted": True}, [], "promoted"),
-        ({"accepted": True, "needs_approval": True}, [], "awaiting-approval"),
+        ({"accepted": True, "needs_approval": True}, [], "awaiting approval"),
         ({"accepted": True, "needs_approval": True}, [("promoted", None)], "promoted"),
         ({"accepted": True, "needs_approval": True}, [("rejected", None)], "rejected"),
         ({"accepted": True, "rollout": TERMS}, [("rollout", "r")], "rollout"),
-        ({"accepted": True, "needs_approval": True, "rollout": TERMS}, [], "awaiting-approval"),
+        ({"accepted": True, "rollout": TERMS}, [("rollout", "r"), ("promoted", "r")], "promoted"),
+        ({"accepted": True, "branch": 1}, [], "remade"),
+        ({"branch": 1}, [], "rejected"),
+        ({"accepted": True, "needs_approval": True, "rollout": TERMS}, [], "awaiting approval"),
         ({"accepted": True, "needs_approval": True, "rollout": TERMS}, [("rollout", None)], "rollout"),
     ],
 )
@@ -260,7 +263,7 @@ def test_a_rollout_has_its_alias_while_it_runs(store: FileStore) -> None:
     put_version(store, version(2, 1, accepted=True, rollout=TERMS))
     move(store, "1")
     begun = move(store, "2", "rollout", rollout="canary")
-    assert names(store)["2"] == ("challenger", "rollout") and standings(store)[1] == "in rollout"
+    assert names(store)["2"] == ("challenger", "rollout") and standings(store)[1] == "rollout"
     assert Versions(store).all("l")[1].since.rolled_out == begun.number
     move(store, "2", "rejected", who="rollout")
     assert "2" not in names(store) and standings(store)[1] == "rejected by its rollout"

@@ -20,7 +20,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "retrain.md"
 
 
 def test_every_kind_of_notice_has_an_event_an_automation_and_a_line_of_the_page() -> None:
-    assert {*EVENTS} == {*get_args(Kind)}
+    assert {*EVENTS} < {kind for words in get_args(Kind) for kind in get_args(words)}
     expected = {event for automation in notifications(None) for event in automation.trigger.expect}  # type: ignore[union-attr]
     assert {*EVENTS.values()} <= expected
     page = PAGE.read_text()

@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 
-from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, CellScore
+from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
+from deal_core.evaluation.interval import CellScore
 
 THREE = AccuracyMatrix(
     tasks=("a", "b", "c"),

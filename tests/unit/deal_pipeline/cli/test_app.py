@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,9 @@ from typer.testing import CliRunner, Result
 
 from deal_pipeline.cli.app import TOPICS, app
 from deal_pipeline.server.embedded import ui_address
+from infra.store.local import FileStore
 from tests.in_process import put_back
+from tests.stored_versions import put_version, version
 
 ROOT = Path(__file__).parents[4]
 EXAMPLES = ROOT / "tests" / "data" / "examples"
@@ -271,26 +272,18 @@ def test_what_nobody_expected_is_one_line_and_goes_to_the_log(
     ("options", "num_shown"), [((), 30), (("--newest", "3"), 3), (("--newest", "0"), 40), (("--json",), None)]
 )
 def test_version_list_shows_the_newest_versions_and_programs_get_all(
-    deal: Deal, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], num_shown: int | None
+    deal: Deal, home: Path, options: tuple[str, ...], num_shown: int | None
 ) -> None:
-    from tasks.lineage.history import HistoryEntry
-
-    values = dict.fromkeys(HistoryEntry.model_fields) | {"accepted": True, "reasons": (), "aliases": ()}
-    values |= dict.fromkeys(("lesson", "task", "strategy", "dataset_sha256", "run_key", "adapter"), "x")
-    values |= {"debts": {}, "general": {}, "kind": "adaptation", "unsure": ()}
-    values["created"] = datetime.now(UTC)
-    entries = [HistoryEntry.model_validate({**values, "version": str(number)}) for number in range(1, 41)]
-
-    def read(lineage: str, newest: int | None) -> list[HistoryEntry]:
-        return entries[-newest:] if newest else entries
-
-    monkeypatch.setattr("tasks.lineage.history.read_history", read)
-    monkeypatch.setattr("deal_pipeline.cli.version.show_history", lambda lineage, entries: [f"{len(entries)} versions"])
-    result = deal("version", "list", "--lineage", "support", *options)
+    store = FileStore(home / "store")
+    for number in range(1, 41):
+        put_version(store, version(number, reasons=(f"reason {number};",)))
+    result = deal("version", "list", "--lineage", "l", *options)
     if num_shown is None:
         assert len(json.loads(result.stdout)) == 40
     else:
-        assert f"{num_shown} versions" in result.stdout
+        assert [f"reason {number};" in result.stdout for number in range(1, 41)] == [
+            number > 40 - num_shown for number in range(1, 41)
+        ]
         assert ("There are earlier versions" in result.stdout) == (num_shown < 40)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from html.parser import HTMLParser
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 import infra.report
 from deal_core.errors import RegistryError
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
-from deal_core.judging_config import DriftLimits
+from deal_core.judging_config import DriftLimits, RolloutTerms
 from deal_core.monitoring.drift import compare
 from deal_core.monitoring.report import LiveLook
 from infra.report.charts import MAX_CHARS, MAX_LABELS, shown_labels
@@ -27,12 +28,13 @@ from infra.report.page import (
     matrix_rows,
     points,
     render_page,
+    row_names_of,
     verdict_of,
-    versions_of,
 )
 from infra.report.run_report import Changed, Example, Quality, QuarantinedRow, RunReport
+from infra.versions import Version
 from tests.monitored import feedback_on, free_rows, logged_rows
-from tests.report_sample import DIGEST, REASONS, TASKS, sample_evaluation, sample_report
+from tests.report_sample import DIGEST, REASONS, TASKS, sample_evaluation, sample_report, sample_versions
 
 HOSTILE = "</style></title><script>alert(1)</script><img src=x onerror=alert(2)>\"'><svg/onload=alert(3)>{{ 7*7 }}"
 CSS = Path(infra.report.__file__).parent / "templates" / "page.css"
@@ -54,8 +56,12 @@ class Tags(HTMLParser):
         self.text += data
 
 
-def render(**changes: object) -> str:
-    return render_page(sample_report(**changes), sample_evaluation())
+def render(versions: Sequence[Version] = (), **changes: object) -> str:
+    return render_page(versions or sample_versions(), sample_report(**changes), sample_evaluation())
+
+
+def verdict(**changes: object) -> str:
+    return verdict_of(sample_versions(**changes)[-1])
 
 
 def test_the_verdict_comes_first_with_every_reason() -> None:
@@ -64,14 +70,26 @@ def test_the_verdict_comes_first_with_every_reason() -> None:
     verdict = f"Version 4 of support, trained on {TASKS[2]}, was rejected by the gate; version 2 stays champion."
     places = [body.index(text) for text in (verdict, *REASONS, "Accuracy of every version")]
     assert places == sorted(places)
-    for kind, words in (
-        ("promoted", "was promoted"),
-        ("awaiting-approval", "waits for a person's approval"),
-        ("remade", "was put on branch 1, whose newest version becomes champion in one swap."),
-    ):
-        assert words in verdict_of(sample_report(verdict=kind, reasons=(), branch=1))
-    assert verdict_of(sample_report(branch=1)).endswith("was rejected by the gate; branch 1 stays at version 2.")
-    assert "there is no champion yet" in verdict_of(sample_report(parent_version=None))
+    assert verdict(branch=1).endswith("was rejected by the gate; branch 1 stays at version 2.")
+    assert "there is no champion yet" in verdict(parent_version=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "was promoted"),
+        ({"approval": "awaiting"}, "waits for a person's approval"),
+        ({"rollout": RolloutTerms("canary", 0.1, 200, 10.0, 0.95)}, "is tried on live traffic"),
+        ({"branch": 1}, "was put on branch 1, whose newest version becomes champion in one swap."),
+        ({"branch": 1, "promoted": 7}, "was promoted"),
+        (
+            {"approval": "refused", "standing": "rejected by a person"},
+            "was rejected by a person; version 2 stays champion.",
+        ),
+    ],
+)
+def test_the_verdict_says_what_became_of_the_version(changes: dict[str, object], words: str) -> None:
+    assert words in verdict(accepted=True, **changes)
 
 
 def test_the_page_tells_the_whole_run() -> None:
@@ -113,7 +131,7 @@ def test_the_page_shows_how_each_label_is_answered() -> None:
         ["<i>no label of the task</i>", "–", "0.0", "5.0"],
     ]
     assert "bank: 20 test rows, 2 labels" in body
-    assert "Each label" not in render_page(sample_report(), replace(sample_evaluation(), labels={}))
+    assert "Each label" not in render_page(sample_versions(), sample_report(), replace(sample_evaluation(), labels={}))
 
 
 def test_of_a_file_that_was_forgotten_the_page_has_the_numbers() -> None:
@@ -126,7 +144,6 @@ def test_of_a_file_that_was_forgotten_the_page_has_the_numbers() -> None:
 def test_nothing_on_the_page_runs_or_is_loaded_whatever_a_row_says() -> None:
     row = Example(row=HOSTILE, text=HOSTILE, expected=HOSTILE, before=HOSTILE, now=HOSTILE, scores=(1.0, 0.0))
     report = sample_report(
-        reasons=(HOSTILE,),
         changed=(Changed(task="bank", num_rows=9, num_gained=1, num_lost=1, gained=(row,), lost=(row,)),),
         quality=sample_report().quality.model_copy(
             update={
@@ -137,7 +154,7 @@ def test_nothing_on_the_page_runs_or_is_loaded_whatever_a_row_says() -> None:
             }
         ),
     )
-    page = render_page(report, sample_evaluation())
+    page = render_page(sample_versions(reasons=(HOSTILE,)), report, sample_evaluation())
     plain = {tag for tag, _ in Tags(render()).tags}
     found = Tags(page)
     assert {tag for tag, _ in found.tags} == plain, "a row's text became a tag"
@@ -165,8 +182,8 @@ def test_a_report_of_another_release_or_a_damaged_one_is_refused() -> None:
 
 
 def test_rows_of_the_matrix_have_the_numbers_of_their_versions() -> None:
-    report, evaluation = sample_report(), sample_evaluation()
-    rows = matrix_rows(evaluation.matrix, versions_of(report, evaluation))
+    versions, evaluation = sample_versions(), sample_evaluation()
+    rows = matrix_rows(evaluation.matrix, row_names_of(versions, evaluation))
     assert [(row.name, row.trained) for row in rows] == [
         ("base", ""),
         ("1", "bank"),
@@ -176,8 +193,7 @@ def test_rows_of_the_matrix_have_the_numbers_of_their_versions() -> None:
     assert [cell.text for cell in rows[1].cells] == ["90.0", "15.0", "–"]
     assert [cell.is_trained for cell in rows[3].cells] == [False, False, True]
     assert rows[1].cells[2].shade is None and rows[1].cells[0].shade == 9
-    unknown = sample_report(lineage_so_far=())
-    assert versions_of(unknown, evaluation) == ["row 1", "row 2", "row 3"], "no number instead of a wrong number"
+    assert row_names_of(versions[-1:], evaluation) == ["row 1", "row 2", "row 3"], "no number instead of a wrong number"
 
 
 def test_a_score_of_few_rows_has_its_interval_and_a_version_that_few_rows_judged_is_yellow() -> None:
@@ -187,8 +203,8 @@ def test_a_score_of_few_rows_has_its_interval_and_a_version_that_few_rows_judged
     assert [cell.sureness for cell in (*base.cells, *first.cells)] == ["11–47, n 20", "64–95, n 20"]
     assert not any(cell.sureness for row in matrix_rows(evaluation.matrix, list("124")) for cell in row.cells)
     sure, unsure = (
-        render(verdict="promoted", reasons=()),
-        render(verdict="promoted", reasons=(), unsure=("<few rows>",)),
+        render(sample_versions(accepted=True, reasons=())),
+        render(sample_versions(accepted=True, reasons=(), unsure=("<few rows>",))),
     )
     assert 'class="verdict promoted"' in sure and 'class="verdict unsure"' in unsure
     assert "&lt;few rows&gt;" in unsure
@@ -265,7 +281,7 @@ def live_look(task: str = "bank") -> LiveLook:
 
 def test_live_traffic_has_a_section_with_a_picture_for_each_task_that_was_compared() -> None:
     assert "Live traffic" not in render()
-    page = render_page(sample_report(), sample_evaluation(), live_look())
+    page = render_page(sample_versions(), sample_report(), sample_evaluation(), live_look())
     tags = Tags(page)
     titles = [attributes["aria-label"] for name, attributes in tags.tags if name == "svg"]
     assert [title for title in titles if title and "Live" in title] == [
@@ -276,7 +292,7 @@ def test_live_traffic_has_a_section_with_a_picture_for_each_task_that_was_compar
     assert "labels: PSI" in tags.text and "no label" in tags.text
     assert "Accuracy measured by feedback: 100.0 %" in tags.text
     assert "<b>fee</b>" not in page and "<b>fee</b>" in tags.text, "a label is text"
-    assert page == render_page(sample_report(), sample_evaluation(), live_look())
+    assert page == render_page(sample_versions(), sample_report(), sample_evaluation(), live_look())
     ids = [attributes["id"] for _, attributes in tags.tags if attributes.get("id")]
     assert len(ids) == len(set(ids))
 

@@ -11,27 +11,19 @@ import pytest
 from deal_core.config import DataConfig
 from infra.report.page import verdict_of
 from tasks.adaptation.ingest import ingest_arrival
-from tasks.adaptation.report import _ended_as, _quality, artifact_key, markdown_of, problem_of, thin
+from tasks.adaptation.report import _quality, artifact_key, markdown_of, problem_of, thin
 from tasks.context import current_store
 from tasks.spec import TaskSpec
-from tests.report_sample import sample_evaluation, sample_report
-from tests.stored_versions import version
+from tests.report_sample import sample_evaluation, sample_report, sample_versions
 
 
 def test_the_page_in_prefect_says_verdict_scores_and_rows_and_quotes_none() -> None:
-    report = sample_report()
-    page = markdown_of(report, sample_evaluation())
-    assert page.startswith(f"# {verdict_of(report)}\n")
+    report, version = sample_report(), sample_versions()[-1]
+    page = markdown_of(version, report, sample_evaluation())
+    assert page.startswith(f"# {verdict_of(version)}\n")
     changed = report.changed[0]
     assert f"Test rows of {changed.task}: {changed.num_gained} gained, {changed.num_lost} lost." in page
     assert changed.lost[0].text and changed.lost[0].text not in page
-
-
-def test_a_version_of_a_branch_is_not_promoted_before_the_swap() -> None:
-    assert _ended_as(version(4, accepted=True)) == "promoted"
-    assert _ended_as(version(4, accepted=True, branch=1)) == "remade"
-    assert _ended_as(version(4, accepted=True, branch=1, promoted=6)) == "promoted"
-    assert _ended_as(version(4, branch=1)) == "rejected"
 
 
 def test_no_two_lineages_share_a_page() -> None:

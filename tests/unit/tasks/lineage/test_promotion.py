@@ -131,7 +131,7 @@ def test_an_arrival_stays_left_behind_when_its_adapter_is_gone_and_drops_out_whe
         put(number, number - 1 or None)
         move(store, str(number))
     remade = put(4, 1, branch=1, remakes="3", dataset_sha256=f"{3:064d}")
-    assert remade.standing == "in a branch"
+    assert remade.standing == "remade"
     move(store, "4", branch=1)
     for number in ("2", "3"):
         Versions(store).note_removed("l", number, "2030-01-01")
