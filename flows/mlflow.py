@@ -11,8 +11,7 @@ from tasks.mlflow_mirror import Synced, sync_lineage
 from tasks.progress import raise_if_stopped, reporter, to_the_end
 
 
-@flow(name="sync-mlflow")
-async def sync_mlflow(lineages: tuple[str, ...] = ()) -> list[Synced]:
+async def mirror_all(lineages: tuple[str, ...] = ()) -> list[Synced]:
     """Write into MLflow what it lacks of the store. A lineage that is being learned is left to its run.
 
     Args:
@@ -27,6 +26,10 @@ async def sync_mlflow(lineages: tuple[str, ...] = ()) -> list[Synced]:
         else:
             results.append(synced)
     return results
+
+
+sync_mlflow = flow(name="sync-mlflow")(mirror_all)
+"""The same as a flow."""
 
 
 async def mirror(lineage: str) -> Synced | None:

@@ -28,9 +28,10 @@ def show_branch_plan(plan: BranchPlan) -> Sequence[RenderableType]:
     """What a branch would learn, how long that took before, and what would be lost."""
     branch = plan.branch
     start = f"version {branch.root}" if branch.root else "the base model"
+    arrivals = [{"version": version, "task": task} for version, task in branch.arrivals.items()]
     title = f"Learned again {branch.what}, from {start} on"
-    shown = render(branch.steps, title) or [heading(title), "Nothing."]
-    if branch.steps and plan.seconds:
+    shown = render(arrivals, title) or [heading(title), "Nothing."]
+    if arrivals and plan.seconds:
         shown.append(f"It took {plan.seconds / 60:.1f} minutes before.")
     shown += render(branch.lost, "Lost: it cannot be learned again (--accept-lost)")
     serves = "No version serves" if branch.stops_serving else f"Version {branch.champion} serves"

@@ -22,7 +22,7 @@ from deal_core.safe_text import printable, printable_json, without_known_secrets
 from deal_pipeline.cli.render import render, render_matrix
 
 if TYPE_CHECKING:
-    from flows.adapt import AdaptResult, Scores
+    from flows.adapt_result import AdaptResult, Scores
     from tasks.arrivals import HeldArrival
 
 WIDTH = 120
