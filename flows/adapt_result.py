@@ -176,13 +176,13 @@ def _end_of(version: Version) -> tuple[Status, str]:
     match version.outcome:
         case "rejected":
             return "rejected", "was rejected by the gate; the champion stays as it was"
-        case _ if version.branch is not None:
+        case "remade":
             return "remade", f"learned the arrival of version {version.remakes} again; the champion stays"
         case "awaiting approval":
             return "awaiting approval", _awaits_approval(version)
         case "rollout":
             return "rollout", _in_rollout(version)
-        case "promoted":
+        case _:
             return "promoted", "is champion"
 
 

@@ -16,7 +16,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from infra.lineage_state import Batch, Content, EndedArrival, LineageState, OpenArrival, Outcome
+from infra.lineage_state import Batch, Content, EndedArrival, LineageState, OpenArrival
+from infra.outcomes import Outcome
 from infra.store.keys import task_of
 from tasks.inbox import Arrival, InboxLook
 from tasks.lineage.retrain import RetrainPolicy, Waiting, WaitingFile, when_to_train

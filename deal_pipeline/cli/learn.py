@@ -53,8 +53,12 @@ def show_demo(result: DemoResult, home: Path) -> Sequence[RenderableType]:
         if outcome.matrix is None or outcome.scores is None:
             continue
         shown += render_matrix(outcome.matrix, f"Accuracy of {outcome.lineage} ({outcome.strategy}), %")
-        own = {"lineage": outcome.lineage, "strategy": outcome.strategy, "champion": outcome.champion}
-        comparison.append(own | named_scores(outcome.scores))
+        own: dict[str, str | None] = {
+            "lineage": outcome.lineage,
+            "strategy": outcome.strategy,
+            "champion": outcome.champion,
+        }
+        comparison.append({**own, **named_scores(outcome.scores)})
     shown += render(comparison, "In the end, %")
     for outcome in result.outcomes:
         for run in outcome.runs:
