@@ -10,7 +10,7 @@ from types import ModuleType
 
 import griffe
 
-OURS = ("deal_core", "tasks", "infra", "flows")
+OURS = ("deal_core", "tasks", "infra", "flows", "deal_pipeline")
 
 
 def docstring_of(kind: type, name: str | None = None) -> str:
