@@ -2,85 +2,66 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import sys
 import tempfile
-import threading
-import uuid
-import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from itertools import chain
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
-import pandas as pd
-
-from deal_pipeline.command import Command, CommandError, Show, end, run_command
+from deal_core.errors import ConfigError
+from deal_pipeline.home import Home, Show, in_thread, require
+from deal_pipeline.tables import Rows, as_file, as_texts
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
-Rows: TypeAlias = "str | Path | list[dict[str, Any]] | pd.DataFrame | Dataset"
-"""A file, an address, or a table with the columns that a file would have: a list of rows, a DataFrame or a Dataset."""
-ANSWER_SECONDS = 330.0
-"""Longest wait for an answer; the server itself gives up a little earlier."""
-NUM_ROWS = 64
-"""Texts of one request."""
-KEY = "DEAL_SERVE_API_KEY"
-"""The variable that makes the server ask for a token."""
-NO_VERSION = ("has no champion here", "Nothing is learned here yet")
-"""Part of the message of a lineage without a version."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Adaptation:
-    """The outcome of one arrival.
-
-    Attributes:
-        version: The version that was made, or that had learned the same data before.
-        status: How it ended: promoted, rejected, awaiting approval, rollout or repeat.
-        accepted: Whether the gate has let the version pass.
-        reasons: Why the gate has rejected the version.
-        scores: Task → score of the version on its test rows, 0 to 1, by the task's metric.
-        metrics: Task → the name of its metric.
-        message: The outcome as a sentence.
-        values: Everything that `deal adapt --json` prints.
-    """
-
-    version: str
-    status: str
-    accepted: bool
-    reasons: tuple[str, ...]
-    scores: Mapping[str, float]
-    metrics: Mapping[str, str]
-    message: str
-    values: Mapping[str, Any]
+    from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
+    from deal_pipeline.results import ChampionAt, CheckedRows, LineageFile, ReleasedArrivals, ShownVersion
+    from flows.adapt_result import AdaptResult
+    from flows.branch import BranchPlan, BranchResult
+    from flows.champions import EvaluateResult
+    from flows.relearn import RelearnPlan
+    from flows.watch import WatchResult
+    from infra.branches import KnownBranch
+    from infra.promotions import Decision, LeftBehind, Move
+    from infra.versions import Version
+    from tasks.arrivals import HeldArrival
+    from tasks.lineage.consolidation import ConsolidationPlan, Start
+    from tasks.lineage.requests import LabelsResult, RenewalResult
+    from tasks.lineage.settings import LineageWithPause, WatchedLineage
+    from tasks.monitoring.feedback import FeedbackResult
+    from tasks.monitoring.harvest import HarvestResult
+    from tasks.monitoring.look import MonitorResult
+    from tasks.monitoring.rollout import RolloutLook
+    from tasks.monitoring.select import SelectResult
+    from tasks.predict import Answer, FileAnswers, OnProgress
+    from tasks.progress import Reporter
+    from tasks.serving.export import Exported, Target
+    from tasks.serving.publish import Published
+    from tasks.spec import AdaptSpec
 
 
 class Lineage:
     """One adapter that learns arrival after arrival.
 
-    Every call runs a command of its own, so the caller's environment and event loop stay as they are. The first
-    `predict` starts a server on this machine, which answers until `close`, or until the program ends.
+    Calls run in this process, and change nothing of it. Only trainings (`adapt`, `learn`, `requeue`, …) start a process
+    of their own. The first `predict` loads the base model, which stays in memory until `close`.
 
     Args:
         name: Name of the lineage; the first arrival creates it.
-        home: Folder that holds everything. None: DEAL_HOME, or ./deal-home.
-        show: Called with a line for every finished stage. None: nothing is shown.
-        environment: Variables for the commands in addition to the program's, such as DEAL_STORE_URI.
+        home: The `Home`, or the folder that holds everything. None: DEAL_HOME, or ./deal-home.
+        show: Called with a line for every finished stage and every remark. None: nothing is shown. A `Home` has its
+            own.
+        environment: Variables in addition to the program's, such as DEAL_STORE_URI. A `Home` has its own.
 
     Raises:
-        CommandError: An argument is of another type.
+        ConfigError: An argument is of another type (code "argument").
 
     Example:
         >>> lineage = Lineage("support")
-        >>> lineage.adapt("intents.csv", task="intents").accepted  # doctest: +SKIP
-        True
+        >>> lineage.adapt("intents.csv", task="intents").status  # doctest: +SKIP
+        'promoted'
         >>> lineage.predict(["I lost my card"])  # doctest: +SKIP
         ['lost card']
     """
@@ -89,28 +70,21 @@ class Lineage:
         self,
         name: str = "default",
         *,
-        home: str | Path | None = None,
+        home: Home | str | os.PathLike[str] | None = None,
         show: Show | None = print,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        _require(name, str, "the argument name", "a text")
-        _require(environment, Mapping | None, "the argument environment", "a dict of texts")
-        for text in chain.from_iterable((environment or {}).items()):
-            _require(text, str, "the argument environment", "a dict of texts")
+        require(name, str, "the argument name", "a text")
         self.name = name
-        self._environment = dict(environment or {})
-        if home is not None:
-            _require(home, str | os.PathLike, "the argument home", "the path of a folder")
-            self._environment["DEAL_HOME"] = os.path.abspath(os.path.expanduser(home))
-        self._show = show
-        self._server: _Server | None = None
-        self._starting = threading.Lock()
+        self.home = home if isinstance(home, Home) else Home(home, environment=environment, show=show)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    # --- learn ---
 
     def adapt(
         self,
@@ -122,261 +96,837 @@ class Lineage:
         strategy: str | None = None,
         settings: Mapping[str, Any] | None = None,
         force: bool = False,
-    ) -> Adaptation:
-        """Learn one arrival, judge it, and promote it if it passes the gate. A stopped call goes on when repeated.
+    ) -> AdaptResult:
+        """Learn one arrival, judge it, and promote it if it passes the gate.
+
+        The training runs in a process of its own. Ctrl-C, or a notebook's stop, ends it at its next step; the same call
+        goes on from there.
 
         Args:
             data: Rows to learn: a file, an address, or a table with the columns that a file would have. A table is
                 kept as a file in the home's folder `tables`, unless no version was trained on it.
             task: Name of the task that the rows belong to, or the section `task` of a spec, with its name.
             test_data: Rows to judge the task by; None: a share of the rows.
-            base: The base model of a new lineage.
+            base: The base model of a new lineage: built-in name, Hub id, folder or GGUF file.
             strategy: How to learn; None: the lineage's own, else deal.
             settings: Other sections of a spec, such as {"train": {"num_epochs": 3}, "gate": {"max_drop_points": 5}}.
             force: Learn the rows even if the lineage has learned them.
 
+        Returns:
+            The version and how it ended. `accuracies` has a share from 0 to 1 for each task. A version that the gate
+            rejects is no error: `rejected` is true then, and `reasons` says why.
+
         Raises:
-            CommandError: The data, a setting or the home cannot be used. Nothing is lost.
+            ConfigError: The data or a setting cannot be used. Nothing is lost.
+            DataValidationError: The whole file is refused.
         """
-        _require(task, str | Mapping, "the argument task", "a name, or the section task of a spec as a dict")
-        _require(settings, Mapping | None, "the argument settings", "a dict of a spec's sections")
-        if settings and "task" in settings:
-            raise CommandError("The settings have a section task; give it as the argument task.", 2)
-        arrival = {"name": task} if isinstance(task, str) else dict(task)
-        tables: list[Path] = []
-        stages: set[str] = set()
+        folder, tables = self.home.folder / "tables", list[Path]()
+        learned = _Learned(self.home.reporter)
         is_needed = False
         try:
-            arrival["data"] = self._as_file(data, tables)
-            if (test_rows := arrival.get("test_data") if test_data is None else test_data) is not None:
-                arrival["test_data"] = self._as_file(test_rows, tables)
-            text = _as_json(
-                {**(settings or {}), "task": arrival},
-                "The settings or the task cannot be written as YAML",
-                ensure_ascii=False,
-            )
-            # JSON is YAML, but YAML does not join JSON's two escapes of one character
-            text = re.sub("[^ -~]", lambda match: f"\\U{ord(match[0]):08x}", text)
-            with tempfile.TemporaryDirectory(prefix="deal-") as folder:
-                spec = Path(folder) / "spec.yaml"
-                spec.write_text(text, encoding="utf-8")
-                named = {"base_model": base, "strategy": strategy}
-                changes = [f"--set={name}={json.dumps(value)}" for name, value in named.items() if value is not None]
-                values = self._run("adapt", str(spec), *changes, "--force" if force else None, stages=stages)
-            is_needed = values["status"] != "repeat"
+            spec = self._spec_of(data, task, test_data, settings, folder, tables, base_model=base, strategy=strategy)
+            result = self.learn(spec, force=force, reporter=learned)
+            is_needed = result.status != "repeat"
         finally:
             # A requeue reads the tables of a version again. A run that has died after its training may still become a
             # version: the lineage's next run completes it.
-            if not (is_needed or "train" in stages):
+            if not (is_needed or learned.has_trained):
                 for table in tables:
                     with suppress(OSError):
                         table.unlink()
-        return Adaptation(
-            version=values["version"],
-            status=values["status"],
-            accepted=not values["rejected"],
-            reasons=tuple(values["reasons"]),
-            scores=values["accuracies"],
-            metrics=values["metrics"],
-            message=values["message"],
-            values=values,
-        )
+        return result
 
-    def evaluate(self, version: str | int | None = None) -> pd.DataFrame:
-        """Score a version (None: the champion) again on the test rows of its tasks.
+    def learn(self, spec: AdaptSpec, *, force: bool = False, reporter: Reporter | None = None) -> AdaptResult:
+        """Learn the arrival of a spec as `adapt` does; `reporter` gets the stages in place of the home's `show`."""
+        from deal_pipeline.training import Adapt
+
+        result: AdaptResult = self.home.train(Adapt(spec=spec, again=force), reporter=reporter, trains=True)
+        return result
+
+    def watch(
+        self, spec: WatchedLineage | None = None, *, once: bool = False, poll_seconds: float = 2.0
+    ) -> WatchResult:
+        """Learn what lands in the inbox (STORE/inbox/TASK/NAME), each file once, until the call is stopped.
+
+        The watch and its trainings run in a process of their own. A stop ends it at its next step.
+
+        Args:
+            spec: The settings; None: those of the lineage's file.
+            once: Learn what is there, then end.
+            poll_seconds: Time between two looks.
+
+        Raises:
+            ConfigError: The lineage does not learn from the inbox.
+        """
+        from deal_pipeline.training import Watch
+
+        if spec is None:
+            from tasks.lineage.settings import read_lineage
+
+            with self.home.opened() as store:
+                spec = read_lineage(store, self.name)
+        result: WatchResult = self.home.train(Watch(spec=spec, once=once, poll_seconds=poll_seconds))
+        return result
+
+    def check(
+        self,
+        data: Rows,
+        *,
+        task: str | Mapping[str, Any],
+        test_data: Rows | None = None,
+        settings: Mapping[str, Any] | None = None,
+        with_model: bool = False,
+        score: bool = True,
+        plan: bool = False,
+    ) -> CheckedRows:
+        """Check rows as `adapt` would, in this process. Nothing is stored, and no weights are fetched.
+
+        Args:
+            data: The rows, as for `adapt`; so are task, test_data and settings.
+            task: The task.
+            test_data: Rows to judge the task by.
+            settings: Other sections of a spec.
+            with_model: Let the base model look for wrong labels too; this takes time.
+            score: Let the champion answer the rows, if it knows the task.
+            plan: Say what a training takes: memory in bytes, steps, and seconds, if the base model is here.
+
+        Raises:
+            ConfigError: An argument cannot be used.
+            DataValidationError: The file cannot be read.
+        """
+        with tempfile.TemporaryDirectory(prefix="deal-") as folder:
+            spec = self._spec_of(data, task, test_data, settings, Path(folder), [])
+            return self.home.check(spec, with_model=with_model, score=score, plan=plan)
+
+    def _spec_of(
+        self,
+        data: Rows,
+        task: str | Mapping[str, Any],
+        test_data: Rows | None,
+        settings: Mapping[str, Any] | None,
+        folder: Path,
+        tables: list[Path],
+        **options: str | None,
+    ) -> AdaptSpec:
+        """Make a spec of the arguments of `adapt`, over the lineage's file. Tables become files in `folder`."""
+        from tasks.lineage.settings import spec_from_values
+
+        require(task, str | Mapping, "the argument task", "a name, or the section task of a spec as a dict")
+        require(settings, Mapping | None, "the argument settings", "a dict of a spec's sections")
+        for section in settings or {}:
+            require(section, str, "a key of the argument settings", "the name of a spec's section")
+        if settings and "task" in settings:
+            raise ConfigError("The settings have a section task; give it as the argument task.", code="argument")
+        arrival: dict[str, Any] = {"name": task} if isinstance(task, str) else dict(task)
+        arrival["data"] = as_file(data, folder, tables)
+        if (test_rows := arrival.get("test_data") if test_data is None else test_data) is not None:
+            arrival["test_data"] = as_file(test_rows, folder, tables)
+        with self.home.opened() as store:
+            return spec_from_values(store, {**(settings or {}), "task": arrival}, lineage=self.name, **options)
+
+    def left_behind(self) -> tuple[LeftBehind, ...]:
+        """Return the accepted arrivals that the champion has not learned, oldest first.
+
+        Raises:
+            NoVersionError: The lineage has no version.
+        """
+        with self.home.opened_with_prefect():
+            from tasks.lineage.promotion import find_left_behind
+
+            return find_left_behind(self.name)
+
+    def requeue(self, *versions: str | int) -> list[AdaptResult]:
+        """Learn the arrivals of versions again, in a process of its own; without numbers, all that were left behind.
+
+        Without numbers, held arrivals whose run was cancelled go on too.
+
+        Raises:
+            RegistryError: There is no such version.
+            DataValidationError: A file is gone or was replaced by another.
+        """
+        from deal_pipeline.training import Requeue
+
+        results: list[AdaptResult] = self.home.train(Requeue(lineage=self.name, versions=tuple(map(str, versions))))
+        return results
+
+    # --- look ---
+
+    def evaluate(self, version: str | int | None = None) -> EvaluateResult:
+        """Score a version (None: the champion) again on the frozen test rows of its tasks, in this process.
 
         Returns:
-            One row per task: score (0 to 1), recorded (the score of the version's own run) and num_rows.
+            By task `accuracies` and `recorded` (of the version's own run), shares from 0 to 1, and `num_rows`.
 
         Raises:
-            CommandError: There is no such version.
+            RegistryError: There is no such version, or no champion.
+            IntegrityError: The version's adapter is damaged.
         """
-        values = self._run("version", "evaluate", version)
-        columns = {"score": values["accuracies"], "recorded": values["recorded"], "num_rows": values["num_rows"]}
-        return pd.DataFrame(columns).rename_axis("task")
+        self.home.load("prefect")
+        from flows.champions import evaluate
 
-    def history(self) -> pd.DataFrame:
-        """Return the versions of the lineage, oldest first: task, scores, the gate's decision, aliases.
+        scores: EvaluateResult = self.home.run(evaluate, self.name, _number(version), trains=True)
+        return scores
 
-        The table is empty if the lineage has no version.
+    def history(self) -> tuple[Version, ...]:
+        """Return the versions, oldest first: what each learned, scores (0 to 1), the gate's decision, aliases.
+
+        The tuple is empty if the first arrival is held.
 
         Raises:
-            CommandError: The home or its servers cannot be used.
+            NoVersionError: The lineage has neither a version nor a held arrival.
+            StoreError: The store does not answer, or a version is damaged.
         """
-        versions = [{**version, **version["since"]} for version in self._versions() or []]
-        return pd.DataFrame(versions, columns=None if versions else ["version", "task", "aliases"]).set_index("version")
+        from tasks.lineage.history import NoVersionError, read_history
 
-    def matrix(self) -> pd.DataFrame:
-        """Return the accuracy matrix up to the champion: one row per learned arrival, one column per task.
-
-        An entry is a score from 0 to 1 by the task's metric; it is missing where it was not measured.
-
-        Raises:
-            CommandError: The lineage has no champion.
-        """
-        matrix = self._versions("--matrix") or {"trained": [], "rows": [], "tasks": []}
-        rows = pd.Index(matrix["trained"], name="learned")
-        return pd.DataFrame(matrix["rows"], index=rows, columns=matrix["tasks"], dtype=float)
+        with self.home.opened():
+            try:
+                return read_history(self.name)
+            except NoVersionError:
+                if not self.held():
+                    raise
+                return ()
 
     @property
     def champion(self) -> str | None:
         """Number of the version that answers; None: there is none yet. Errors are those of `history`."""
-        aliases = self.history()["aliases"]
-        return next((str(number) for number, names in aliases.items() if "champion" in names), None)
+        from infra.versions import Versions
 
-    def rollback(self, version: str | int | None = None) -> None:
-        """Make an earlier version the champion again, at once; None: the one that the champion continues.
+        with self.home.opened() as store:
+            version = Versions(store).champion(self.name)
+        return version.version if version else None
+
+    def show(
+        self, version: str | int, *, report: bool = False, out: str | os.PathLike[str] | None = None
+    ) -> ShownVersion:
+        """Return what a version learned, its scores (0 to 1), and what the gate decided.
+
+        Args:
+            version: Its number.
+            report: Also write its page, an HTML file. A present file is replaced.
+            out: The file of the page; None: one in the home's folder `reports`.
 
         Raises:
-            CommandError: There is no such version, or the gate has rejected it.
+            RegistryError: There is no such version, or it has no report.
+            ConfigError: The file cannot be written.
         """
-        self._run("version", "rollback", version)
+        from deal_pipeline.results import ShownVersion
+        from tasks.lineage.history import no_version, read_history
+        from tasks.lineage.reports import save_report
 
-    def predict(self, texts: str | Sequence[str], *, task: str | None = None) -> list[str]:
-        """Answer texts with the champion. The first call loads the model; later calls follow the champion.
+        number = str(version)
+        with self.home.opened():
+            entry = next((entry for entry in read_history(self.name) if entry.version == number), None)
+            if entry is None:
+                raise no_version(self.name, number)
+            file = self.home.folder / "reports" / f"{self.name}-{number}.html" if out is None else Path(out)
+            page = str(save_report(self.name, number, file)) if report else None
+            return ShownVersion(version=entry, page=page)
+
+    def matrix(self) -> AccuracyMatrix:
+        """Return the accuracy matrix up to the champion: one row for each version, one column for each task.
+
+        A score is a share from 0 to 1 by the task's metric, and None where it was not measured. `frame` makes it a
+        DataFrame.
+
+        Raises:
+            RegistryError: The lineage has no champion.
+        """
+        from tasks.lineage.history import find_version
+        from tasks.lineage.record import read_record
+
+        with self.home.opened() as store:
+            return read_record(store, find_version(store, self.name, None)).matrix
+
+    def moves(self) -> tuple[Move, ...]:
+        """Return the promotion log, oldest first: which version became champion when, by whom, and why."""
+        from infra.promotions import PromotionLog
+
+        with self.home.opened() as store:
+            return tuple(PromotionLog(store).moves(self.name))
+
+    def champion_at(self, when: datetime) -> ChampionAt:
+        """Return the number of the version that was champion at a time, which has a zone."""
+        from deal_pipeline.results import ChampionAt
+        from infra.promotions import PromotionLog
+
+        with self.home.opened() as store:
+            return ChampionAt(at=when.isoformat(), champion=PromotionLog(store).champion_at(self.name, when))
+
+    def held(self) -> tuple[HeldArrival, ...]:
+        """Return the arrivals that are held: their run was cancelled, or their labels disagree with the champion."""
+        from infra.lineage_state import read_state
+        from tasks.arrivals import held_arrivals
+
+        with self.home.opened() as store:
+            return held_arrivals(read_state(store, self.name))
+
+    def release(self, *arrivals: str) -> ReleasedArrivals:
+        """Let held arrivals go on; without names, all of them.
+
+        Args:
+            arrivals: Names as inbox/TASK/FILE, or paths.
+
+        Raises:
+            ConfigError: A named arrival is not held (code "not-held").
+        """
+        from deal_pipeline.results import ReleasedArrivals
+        from tasks.arrivals import release
+
+        with self.home.opened() as store:
+            return ReleasedArrivals(lineage=self.name, released=release(store, self.name, arrivals))
+
+    def settings(self) -> LineageWithPause:
+        """Return the lineage's settings: those of its file, and the defaults of all others.
+
+        Raises:
+            ConfigError: It does not learn from the inbox, or a setting is not valid.
+        """
+        from tasks.lineage.settings import read_lineage, with_pause
+
+        with self.home.opened() as store:
+            return with_pause(store, read_lineage(store, self.name))
+
+    def pause(self, why: str = "by command") -> LineageWithPause:
+        """Pause the lineage: a running training finishes, and new files wait until `resume`.
+
+        Raises:
+            ConfigError: The lineage has no valid file, or learns nothing anyway.
+        """
+        return self._paused(why)
+
+    def resume(self) -> LineageWithPause:
+        """Let the paused lineage learn again, also what landed meanwhile. Errors are those of `pause`."""
+        return self._paused(None)
+
+    def _paused(self, why: str | None) -> LineageWithPause:
+        from tasks.lineage.settings import pause_lineage
+
+        with self.home.opened() as store:
+            return pause_lineage(store, self.name, why)
+
+    def remove_settings(self) -> LineageFile:
+        """Let the lineage learn no longer from the inbox, by deleting its file of settings. Its versions stay.
+
+        Raises:
+            ConfigError: There is no file, or it is the only one.
+        """
+        from deal_pipeline.results import LineageFile
+        from tasks.lineage.settings import remove_lineage
+
+        with self.home.opened() as store:
+            return LineageFile(lineage=self.name, file=remove_lineage(store, self.name))
+
+    def add_labels(self, task: str, labels: Sequence[str]) -> LabelsResult:
+        """Let a task's next arrivals use more labels. For errors see `tasks.lineage.requests.add_labels`."""
+        from tasks.lineage.requests import add_labels
+
+        with self.home.opened():
+            return add_labels(self.name, task, labels)
+
+    def renew_tests(self, task: str) -> RenewalResult:
+        """Let a task's next arrival bring new test rows. For errors see `tasks.lineage.requests.renew_tests`."""
+        from tasks.lineage.requests import renew_tests
+
+        with self.home.opened():
+            return renew_tests(self.name, task)
+
+    def monitor(self, data: str | os.PathLike[str] | None = None, *, new_reference: bool = False) -> MonitorResult:
+        """Compare the champion's live traffic with its test rows: drift, and accuracy (0 to 1). No model is needed.
+
+        Args:
+            data: File of answers that another server gave, in place of the prediction log. Nothing is announced then.
+            new_reference: Compare with the present live rows from now on, until another version is champion.
+
+        Raises:
+            RegistryError: The lineage has no champion.
+            DataValidationError: The file cannot be read.
+        """
+        self.home.load("prefect", "infra.tracking.tracker")
+        from flows.champions import monitor
+
+        file = None if data is None else os.path.abspath(data)
+        result: MonitorResult = self.home.run(monitor, self.name, file, new_reference)
+        return result
+
+    # --- people's answers ---
+
+    def sample_feedback(
+        self,
+        task: str,
+        *,
+        data: str | os.PathLike[str] | None = None,
+        column: str | None = None,
+        out: str | os.PathLike[str] | None = None,
+        number: int = 50,
+        random_share: float = 0.25,
+        on_progress: OnProgress | None = None,
+    ) -> SelectResult:
+        """Write a file of texts that are worth labelling: the least certain answers, and a random share.
+
+        Args:
+            task: Task whose texts are chosen.
+            data: File of texts that the champion answers first; None: the prediction log.
+            column: With `data`: the column with the text; None: it is found by its name.
+            out: New .csv or .jsonl file; None: TASK-to-label.csv.
+            number: Most texts in the file.
+            random_share: Share that is drawn at random, above 0 and at most 1.
+            on_progress: Called with the number of answered rows and of all rows; None: nobody is told.
+
+        Raises:
+            ConfigError: The lineage does not know the task, or the file exists already.
+            RegistryError: The lineage has no champion.
+        """
+        with self.home.opened(), self.home.computing():
+            from tasks.monitoring.select import select_to_label
+
+            return select_to_label(
+                task,
+                self.name,
+                data=None if data is None else Path(data),
+                column=column,
+                out=None if out is None else Path(out),
+                number=number,
+                random_share=random_share,
+                on_progress=on_progress or (lambda done, total: None),
+            )
+
+    def add_feedback(self, file: str | os.PathLike[str]) -> FeedbackResult:
+        """Take right answers to logged requests from a file: CSV, JSON lines or Parquet with id and label or answer.
+
+        Raises:
+            DataValidationError: The file cannot be read, or has other columns.
+        """
+        from tasks.monitoring.feedback import take_feedback_file
+
+        with self.home.opened():
+            return take_feedback_file(Path(file), self.name)
+
+    def export_feedback(self, task: str) -> HarvestResult:
+        """Write a task's reviewed right answers into its inbox, as an ordinary file. Each lands once.
+
+        Raises:
+            ConfigError: The lineage does not know the task.
+        """
+        from tasks.monitoring.harvest import harvest_feedback
+
+        with self.home.opened():
+            return harvest_feedback(task, self.name)
+
+    # --- answer ---
+
+    def predict(
+        self, texts: str | Sequence[str], *, task: str | None = None, version: str | int | None = None
+    ) -> list[str]:
+        """Answer texts with the champion, in this process. The first call loads the model; later calls keep it.
 
         Args:
             texts: The texts: a list, a tuple, a Series or an array. A single text counts as a list of one.
             task: The task to ask; None: the newest one.
+            version: Number of the version; None: the champion of now.
+
+        Returns:
+            One answer for each text, in their order.
 
         Raises:
-            CommandError: There is no champion, or a text cannot be answered.
+            ConfigError: The lineage does not know the task, or a text cannot be answered.
+            RegistryError: There is no champion, or no such version.
         """
-        _require(texts, str | list | tuple | pd.Series | np.ndarray, "the argument texts", "a text or a list of texts")
-        _require(task, str | None, "the argument task", "the name of a task")
-        rows = [{"input": text, "task": task} for text in ([texts] if isinstance(texts, str) else texts)]
-        for number, row in enumerate(rows, start=1):
-            _require(row["input"], str, f"text {number}", "a text")
-        with self._starting:
-            if self._server is None or not self._server.is_alive:
-                self._server = _Server(self.name, self._environment)
-            server = self._server  # another thread may close it, which ends the answers with an error of their own
-        parts = [rows[start : start + NUM_ROWS] for start in range(0, len(rows), NUM_ROWS)]
-        return [answer for part in parts for answer in server.answers(part)]
+        require(task, str | None, "the argument task", "the name of a task")
+        asked, number = as_texts(texts), _number(version)
+        with self.home.opened(), self.home.computing():
+            from tasks.predict import predict_texts
+
+            return predict_texts(asked, lineage=self.name, task=task, version=number)
+
+    def answer(self, text: str, *, task: str | None = None, version: str | int | None = None) -> Answer:
+        """Answer one text, and tell how: the prompt, the first tokens' logits, whether it is a label of the task.
+
+        Arguments and errors are those of `predict`.
+        """
+        with self.home.opened(), self.home.computing():
+            from tasks.predict import predict
+
+            return predict(text, lineage=self.name, task=task, version=_number(version))
+
+    def predict_file(
+        self,
+        data: str | os.PathLike[str],
+        *,
+        task: str | None = None,
+        version: str | int | None = None,
+        out: str | os.PathLike[str] | None = None,
+        column: str | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> FileAnswers:
+        """Answer every row of a file, of any size, into another file.
+
+        Args:
+            data: CSV, JSON lines or Parquet.
+            task: The task to ask; None: the newest one.
+            version: Number of the version; None: the champion of now.
+            out: A .jsonl or .parquet file; None: a file next to `data`, named after it.
+            column: The column with the text; None: it is found by its name.
+            on_progress: Called with the number of answered rows and of all rows; None: nobody is told.
+
+        Raises:
+            ConfigError: The lineage does not know the task, or the output exists already or lies in the inbox.
+            DataValidationError: The file cannot be read.
+            RegistryError: There is no champion, or no such version.
+        """
+        with self.home.opened(), self.home.computing():
+            from tasks.predict import predict_file
+
+            return predict_file(
+                Path(data),
+                lineage=self.name,
+                task=task,
+                version=_number(version),
+                out=None if out is None else Path(out),
+                column=column,
+                on_progress=on_progress or (lambda done, total: None),
+            )
 
     def close(self) -> None:
-        """End the server that `predict` has started. The next `predict` starts it again."""
-        with self._starting:
-            if self._server is not None:
-                self._server.close()
-                self._server = None
+        """Free the memory of the base model that answers. The next answer loads it again."""
+        if "tasks.base" in sys.modules:
+            with self.home.computing():
+                sys.modules["tasks.base"].release_base()
 
-    def _as_file(self, data: Rows, tables: list[Path]) -> str:
-        """Return a file's path from the root, or an address as it is. A table becomes a file, which joins `tables`."""
-        if isinstance(data, str | os.PathLike):
-            address = os.fspath(data)
-            return address if "://" in address else os.path.abspath(os.path.expanduser(address))
-        if isinstance(data, Mapping):
-            keys = ", ".join(map(str, data))
-            raise CommandError(
-                f"The data is a dict of {keys}; give one split of it, or its rows as a list of dicts.", 2
-            )
-        datasets = sys.modules.get("datasets")  # who has a Dataset has imported it
-        is_dataset = datasets is not None and isinstance(data, datasets.Dataset)
-        if not isinstance(data, list | pd.DataFrame) and not is_dataset:
-            raise CommandError(
-                f"The data is {_kind(data)}; give a file, an address, a list of rows as dicts, a pandas DataFrame or a "
-                "datasets.Dataset.",
-                2,
-            )
-        home = self._environment.get("DEAL_HOME") or os.environ.get("DEAL_HOME") or "deal-home"
-        lines = []
-        for number, row in enumerate(data if isinstance(data, list) else (), start=1):
-            _require(row, Mapping, f"row {number} of the data", "a dict with the columns that a file would have")
-            lines.append(_as_json(dict(row), f"Row {number} of the data is no JSON") + "\n")
-        name = uuid.uuid4().hex + (".jsonl" if isinstance(data, list) else ".parquet")
-        place = Path(os.path.abspath(os.path.expanduser(home)), "tables", name)
-        tables.append(place)
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(data, list):
-                place.write_text("".join(lines), encoding="utf-8")
-            elif isinstance(data, pd.DataFrame):
-                data.to_parquet(place, index=False)
-            else:
-                data.to_parquet(place)
-        except OSError as error:
-            raise CommandError(
-                f"The table cannot be written to {place} ({error.strerror}); check the home.", 1
-            ) from None
-        except Exception as error:  # the cells may be of any type, and each has its own errors
-            why = " ".join(str(error).split()).rstrip(".")
-            raise CommandError(
-                f"The table cannot be kept as Parquet: {why}. Give each column its own name and one type, or leave it "
-                "out.",
-                2,
-            ) from None
-        return str(place)
+    # --- decide ---
 
-    def _versions(self, *options: str) -> Any:
-        """Return what `deal version list` prints; None: the lineage, or the whole home, has no version."""
-        try:
-            return self._run("version", "list", *options)
-        except CommandError as error:
-            if not any(message in str(error) for message in NO_VERSION):
-                raise
-            return None
+    def promote(self, version: str | int, *, why: str = "approved", tells: bool = True) -> Decision:
+        """Make a version champion, at once. Its parent must be the present champion.
 
-    def _run(self, *command: str | int | None, stages: set[str] | None = None) -> Any:
-        """Run a command about this lineage. Parts that are None are left out. For `stages` see `run_command`."""
-        arguments = [str(part) for part in (*command, "--lineage", self.name) if part is not None]
-        return run_command(arguments, self._environment, self._show, stages)
+        Args:
+            version: Its number.
+            why: The reason, for the promotion log.
+            tells: Tell Prefect, the webhook and MLflow; without it, `tell` does so later.
+
+        Raises:
+            RegistryError: The version cannot become champion.
+        """
+        with self.home.opened_with_prefect():
+            from tasks.lineage.promotion import promote_to
+
+            decision = promote_to(self.name, str(version), who=self.home.who, why=why)
+        return self._decided(decision, tells)
+
+    def rollback(
+        self, version: str | int | None = None, *, why: str = "rolled back by hand", tells: bool = True
+    ) -> Decision:
+        """Make an earlier version the champion again, at once; None: the one that the champion continues.
+
+        Returns:
+            The move; `left_behind` are the arrivals that the champion has not learned now. For the other arguments see
+            `promote`.
+
+        Raises:
+            RegistryError: There is no such version, or the gate has rejected it.
+        """
+        with self.home.opened_with_prefect():
+            from tasks.lineage.promotion import roll_back
+
+            decision = roll_back(self.name, _number(version), who=self.home.who, why=why)
+        return self._decided(decision, tells)
+
+    def reject(self, version: str | int, *, why: str, tells: bool = True) -> Decision:
+        """Reject a version: it can never become champion. For the arguments see `promote`.
+
+        Raises:
+            RegistryError: The version is champion, or was rejected already.
+        """
+        with self.home.opened_with_prefect():
+            from tasks.lineage.promotion import reject_version
+
+            decision = reject_version(self.name, str(version), who=self.home.who, why=why)
+        return self._decided(decision, tells)
+
+    def rollout(self, *, apply: bool = False, tells: bool = True) -> RolloutLook:
+        """Compare the version that is tried on live traffic with the champion.
+
+        Args:
+            apply: Promote or reject the version if the figures say so.
+            tells: As for `promote`.
+
+        Raises:
+            RegistryError: The champion has changed meanwhile, or the version cannot become champion.
+        """
+        if not apply:
+            from tasks.monitoring.rollout import RolloutLook, look_at_rollout
+
+            with self.home.opened():
+                return RolloutLook(status=look_at_rollout(self.name))
+        with self.home.opened_with_prefect():
+            from flows.champions import check_rollout
+
+            look = check_rollout(self.name)
+        if look.decision is not None:
+            self._decided(look.decision, tells)
+        return look
+
+    def finish_rollout(self, *, why: str = "rollout finished by hand", tells: bool = True) -> Decision:
+        """Make the version that is tried on live traffic the champion, whatever the figures say.
+
+        For the arguments see `promote`.
+
+        Raises:
+            RegistryError: No version is tried, or it cannot become champion.
+        """
+        with self.home.opened_with_prefect():
+            from flows.champions import finish_rollout
+
+            decision = finish_rollout(self.name, who=self.home.who, why=why)
+        return self._decided(decision, tells)
+
+    def abort_rollout(self, *, why: str = "rollout aborted by hand", tells: bool = True) -> Decision:
+        """Reject the version that is tried on live traffic: it can never become champion.
+
+        For the arguments see `promote`.
+
+        Raises:
+            RegistryError: No version is tried.
+        """
+        with self.home.opened_with_prefect():
+            from flows.champions import abort_rollout
+
+            decision = abort_rollout(self.name, who=self.home.who, why=why)
+        return self._decided(decision, tells)
+
+    def tell(self, decision: Decision) -> str:
+        """Tell Prefect, the webhook and MLflow of a decision, which holds all the same. No error is raised.
+
+        Returns:
+            What could not be told, in one line; empty if all was told.
+        """
+        self.home.load("prefect", "infra.tracking.tracker")
+        from flows.promote import tell_once
+
+        with self.home.opened_with_prefect():
+            return in_thread(lambda: tell_once(decision))
+
+    # --- give away ---
+
+    def export(self, version: str | int, *, to: Target, out: str | os.PathLike[str]) -> Exported:
+        """Export a version for other programs, and compare its logits with those of the served version.
+
+        Args:
+            version: Its number.
+            to: merged: a transformers folder. peft: the PEFT folder, without rows. hub: the same, on the Hub.
+            out: The new folder; for hub the repository OWNER/NAME.
+
+        Raises:
+            ConfigError: The target is not free or no valid name, or the base model is quantized.
+            IntegrityError: The export answers otherwise than the served version; nothing was written.
+            RegistryError: The version may not leave: it was rejected, waits for a person, or learned from deleted rows.
+        """
+        with self.home.opened(), self.home.computing():
+            from tasks.serving.export import export_version
+
+            return export_version(self.name, str(version), to, os.fspath(out))
+
+    def publish(
+        self, version: str | int | None, folder: str | os.PathLike[str], *, base_model: str | None = None
+    ) -> Published:
+        """Write a version (None: the champion) into a folder of adapters that vLLM's filesystem resolver reads.
+
+        Args:
+            version: Its number.
+            folder: The servers' folder of adapters, as this machine sees it.
+            base_model: The model that `vllm serve` was started with, word for word; None: the Hub id of the lineage's
+                base model, or its folder.
+
+        Raises:
+            ConfigError: The servers cannot load such an adapter, or the folder has another one under the name.
+            RegistryError: There is no such version, or it may not leave.
+        """
+        from infra.settings import EngineSettings
+        from tasks.serving.publish import publish
+
+        with self.home.opened():
+            return publish(self.name, Path(folder), EngineSettings(), version=_number(version), model=base_model)
+
+    # --- make versions again ---
+
+    def plan_consolidation(self, start: Start | None = None) -> ConsolidationPlan:
+        """Return what `consolidate` would learn; change nothing. Arguments and errors are its own."""
+        self.home.load("prefect")
+        from flows.consolidate import plan
+
+        with self.home.opened():
+            return plan(self.name, start)
+
+    def consolidate(self, start: Start | None = None) -> AdaptResult:
+        """Learn what is left of all arrivals together, as one version that the gate judges against the champion.
+
+        The training runs in a process of its own, as that of `adapt`.
+
+        Args:
+            start: Start from the "base" model or the "champion"; None: as the lineage's file says.
+
+        Raises:
+            ConfigError: The lineage cannot be consolidated.
+            RegistryError: It has no champion.
+        """
+        from deal_pipeline.training import Consolidate
+
+        result: AdaptResult = self.home.train(Consolidate(lineage=self.name, origin=start), trains=True)
+        return result
+
+    def plan_rebase(self, base: str) -> BranchPlan:
+        """Return what `rebase` would learn and lose; change nothing. Arguments and errors are its own."""
+        from tasks.spec import resolve_base
+
+        self.home.load("prefect")
+        from flows.rebase import plan_rebase
+
+        with self.home.opened():
+            return plan_rebase(self.name, resolve_base(base, Path.cwd()), who=self.home.who)
+
+    def rebase(
+        self, base: str, *, skip_rejected: bool = False, accept_lost: bool = False, engines: Sequence[str] = ()
+    ) -> BranchResult:
+        """Learn the arrivals again on another base model, and make the result champion if no task is worse.
+
+        The trainings run in a process of their own. A call that was stopped goes on when it is repeated.
+
+        Args:
+            base: The new base model: Hub id, folder or GGUF file.
+            skip_rejected: Go on without an arrival whose new version its gate rejects.
+            accept_lost: Go on although arrivals cannot be learned again.
+            engines: Addresses of vLLM servers. The swap waits until one of them has the new base model.
+
+        Raises:
+            ConfigError: It is the base model of today, or arrivals would be lost.
+            RegistryError: The lineage cannot begin a branch now, or a person has moved its champion since.
+        """
+        from deal_pipeline.training import Rebase
+        from tasks.spec import refuse_secrets, resolve_base
+
+        for url in engines:
+            refuse_secrets(url)
+        result: BranchResult = self.home.train(
+            Rebase(
+                lineage=self.name,
+                base=resolve_base(base, Path.cwd()),
+                skip_rejected=skip_rejected,
+                accept_lost=accept_lost,
+                engines=tuple(engines),
+                who=self.home.who,
+            ),
+            doing="looking",
+            trains=True,
+        )
+        return result
+
+    def plan_relearn(self, arrival: str, *, stops_serving: bool = False) -> RelearnPlan:
+        """Return what `relearn` would remove, learn and lose; change nothing. Arguments and errors are its own."""
+        self.home.load("prefect")
+        from flows.relearn import plan_relearn
+
+        with self.home.opened():
+            return plan_relearn(self.name, arrival, stops_serving=stops_serving, who=self.home.who)
+
+    def relearn(
+        self,
+        arrival: str,
+        *,
+        reason: str = "",
+        skip_rejected: bool = False,
+        stops_serving: bool = False,
+        accept_lost: bool = False,
+    ) -> BranchResult:
+        """Delete an arrival, and make every version that learned from it again, as if it had never landed.
+
+        The trainings run in a process of their own. A call that was stopped goes on when it is repeated.
+
+        Args:
+            arrival: Name of its file, key inbox/TASK/FILE, or digest of the dataset.
+            reason: Reason for the history. It must not quote any rows.
+            skip_rejected: Go on without an arrival whose new version its gate rejects.
+            stops_serving: Let no version serve until the new ones do.
+            accept_lost: Go on although arrivals cannot be learned again.
+
+        Raises:
+            ConfigError: There is no such arrival, or nothing would be left to serve.
+            RegistryError: The lineage cannot begin a branch now.
+        """
+        from deal_pipeline.training import Relearn
+
+        result: BranchResult = self.home.train(
+            Relearn(
+                lineage=self.name,
+                named=arrival,
+                reason=reason,
+                skip_rejected=skip_rejected,
+                stops_serving=stops_serving,
+                accept_lost=accept_lost,
+                who=self.home.who,
+            ),
+            doing="looking",
+            trains=True,
+        )
+        return result
+
+    def branches(self) -> tuple[KnownBranch, ...]:
+        """Return what was made again, oldest first, with the attestations of deleted rows."""
+        from infra.branches import Branches
+
+        with self.home.opened() as store:
+            return tuple(Branches(store).all(self.name))
+
+    def accept_branch(self, *, why: str) -> BranchResult:
+        """Go on with an open branch of `relearn` although its result is worse than the champion, and swap it in.
+
+        Raises:
+            RegistryError: The lineage has no such branch.
+        """
+        from deal_pipeline.training import Relearn
+        from tasks.lineage.branch import accept_result
+
+        with self.home.opened() as store:
+            named = accept_result(store, self.name, who=self.home.who, why=why)
+        # The result may have been made with --skip-rejected. Another result would be judged anew.
+        training = Relearn(lineage=self.name, named=named, skip_rejected=True, who=self.home.who)
+        result: BranchResult = self.home.train(training, doing="ending", trains=True)
+        return result
+
+    def give_up_branch(self) -> KnownBranch:
+        """End the open branch: its champion of before stays. Rows that it has deleted stay deleted.
+
+        Raises:
+            RegistryError: The lineage has no open branch.
+        """
+        from deal_pipeline.training import GiveUp
+
+        known: KnownBranch = self.home.train(GiveUp(lineage=self.name, who=self.home.who), doing="ending")
+        return known
+
+    def _decided(self, decision: Decision, tells: bool) -> Decision:
+        if tells and (remark := self.tell(decision)):
+            self.home.reporter.said(remark)
+        return decision
 
 
-def _as_json(value: Any, problem: str, *, ensure_ascii: bool = True) -> str:
-    try:
-        return json.dumps(value, ensure_ascii=ensure_ascii)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise CommandError(f"{problem}: {error}; give texts, numbers, lists and dicts.", 2) from None
+def _number(version: str | int | None) -> str | None:
+    return None if version is None else str(version)
 
 
-def _require(value: object, kinds: Any, what: str, wanted: str) -> None:
-    """Refuse a value of another type in one sentence."""
-    if not isinstance(value, kinds):
-        raise CommandError(f"{what[0].upper()}{what[1:]} is {_kind(value)}; give {wanted}.", 2)
+class _Learned:
+    """Passes the progress of a training on, and notes whether the training has ended. It is a `Reporter`."""
 
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self.has_trained = False
 
-def _kind(value: object) -> str:
-    return "None" if value is None else f"of the type {type(value).__name__}"
+    def stage_started(self, stage: str) -> None:
+        self._reporter.stage_started(stage)
 
+    def advanced(self, stage: str, done: float, total: float | None, detail: str = "") -> None:
+        self._reporter.advanced(stage, done, total, detail)
 
-def _token(environment: Mapping[str, str]) -> str:
-    """Return the token that the server asks for, as it reads it; "": none."""
-    return (environment.get(KEY) or os.environ.get(KEY) or "").strip()
+    def stage_finished(self, stage: str, seconds: float, detail: str) -> None:
+        self.has_trained = self.has_trained or stage == "train"
+        self._reporter.stage_finished(stage, seconds, detail)
 
-
-class _Server:
-    """A `deal serve` of this program. It ends with the object, or with the program."""
-
-    def __init__(self, lineage: str, environment: Mapping[str, str]) -> None:
-        command = Command(["serve", "--lineage", lineage, "--port", "0"], environment)
-        self._process = command.process
-        self.close = weakref.finalize(self, end, command.process)
-        self._key = _token(environment)
-        for line in command.output:
-            event = json.loads(line)
-            if "url" in event:
-                self._url = f"{event['url']}/invocations"
-                break
-        else:  # the server has ended
-            raise command.error("The server has not started.")
-        command.listen_to(command.output)
-
-    @property
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
-
-    def answers(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-        import httpx  # a program that imports this package need not pay for it
-
-        body = json.dumps({"dataframe_records": rows})
-        key = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        headers = {"Content-Type": "application/json", **key}
-        try:  # without the environment's proxies: texts and token stay on this machine
-            answered = httpx.post(self._url, content=body, headers=headers, timeout=ANSWER_SECONDS, trust_env=False)
-        except httpx.TransportError as error:
-            raise CommandError(f"The server at {self._url} does not answer ({error}); call predict again.", 1) from None
-        values = answered.json()
-        if answered.is_error:
-            raise CommandError(values["error"], 1)
-        return [str(row["output"]) for row in values["predictions"]]
+    def said(self, message: str) -> None:
+        self._reporter.said(message)

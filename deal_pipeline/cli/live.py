@@ -16,7 +16,7 @@ from typer import Argument, Option
 from deal_core.errors import ConfigError
 from deal_pipeline.cli.console import percent
 from deal_pipeline.cli.render import render, render_facts
-from deal_pipeline.cli.session import Column, CommandResult, Lineage, Reason, Session, command, main_app
+from deal_pipeline.cli.session import Column, CommandResult, LineageOption, Reason, Session, command, main_app
 from deal_pipeline.cli.version import decided, show_decision
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ feedback_app = typer.Typer(help="Take people's right answers, and turn them into
 @command(main_app, "starting", "deal monitor", "deal monitor --data answers.jsonl")
 def monitor(
     deal: Session,
-    lineage: Lineage = "",
+    lineage: LineageOption = "",
     data: Annotated[
         Path | None,
         Option(
@@ -49,10 +49,7 @@ def monitor(
     ] = False,
 ) -> CommandResult[MonitorResult]:
     """Compare live traffic with the test rows: drift, accuracy."""
-    from flows.champions import monitor as monitor_flow
-
-    file = None if data is None else str(data.absolute())
-    outcome = deal.run(lambda: monitor_flow(lineage, file, new_reference))
+    outcome = deal.lineage(lineage).monitor(data, new_reference=new_reference)
     return CommandResult(outcome, _show_monitor(outcome))
 
 
@@ -88,7 +85,7 @@ def _show_monitor(result: MonitorResult) -> Sequence[RenderableType]:
 @command(rollout_app, "looking", "deal rollout status", "deal rollout status --apply", works_without_home=True)
 def status(
     deal: Session,
-    lineage: Lineage = "",
+    lineage: LineageOption = "",
     apply: Annotated[
         bool,
         Option(
@@ -98,15 +95,8 @@ def status(
     ] = False,
 ) -> CommandResult[RolloutLook]:
     """Compare the version that is tried on live traffic with the champion."""
-    if not apply:
-        from tasks.monitoring.rollout import RolloutLook, look_at_rollout
-
-        rollout = look_at_rollout(lineage)
-        return CommandResult(RolloutLook(status=rollout), _show_rollout(rollout))
-    from flows.champions import check_rollout
-    from flows.promote import tell_once
-
-    look = check_rollout(lineage)
+    versions = deal.lineage(lineage)
+    look = versions.rollout(apply=apply, tells=False)
     shown = _show_rollout(look.status)
     if look.decision is None:
         return CommandResult(look, shown)
@@ -114,26 +104,26 @@ def status(
         look,
         [*shown, *show_decision(look.decision)],
         rejected=look.decision.action == "rejected",
-        afterwards=partial(tell_once, look.decision),
+        afterwards=partial(versions.tell, look.decision),
     )
 
 
 @command(rollout_app, "promoting", "deal rollout finish", 'deal rollout finish --reason "enough was seen"')
 def finish(
-    deal: Session, lineage: Lineage = "", reason: Reason = "rollout finished by hand"
+    deal: Session, lineage: LineageOption = "", reason: Reason = "rollout finished by hand"
 ) -> CommandResult[Decision]:
     """Make the version that is tried on live traffic the champion, whatever the figures say."""
-    from flows.champions import finish_rollout
-
-    return decided(finish_rollout(lineage, who=deal.account, why=reason))
+    versions = deal.lineage(lineage)
+    return decided(versions, versions.finish_rollout(why=reason, tells=False))
 
 
 @command(rollout_app, "rejecting", "deal rollout abort", 'deal rollout abort --reason "complaints"')
-def abort(deal: Session, lineage: Lineage = "", reason: Reason = "rollout aborted by hand") -> CommandResult[Decision]:
+def abort(
+    deal: Session, lineage: LineageOption = "", reason: Reason = "rollout aborted by hand"
+) -> CommandResult[Decision]:
     """Reject the version that is tried on live traffic. It can never become champion."""
-    from flows.champions import abort_rollout
-
-    return decided(abort_rollout(lineage, who=deal.account, why=reason))
+    versions = deal.lineage(lineage)
+    return decided(versions, versions.abort_rollout(why=reason, tells=False))
 
 
 def _show_rollout(found: RolloutStatus) -> Sequence[RenderableType]:
@@ -156,7 +146,7 @@ def _show_rollout(found: RolloutStatus) -> Sequence[RenderableType]:
 def sample(
     deal: Session,
     task: Annotated[str, Argument(help="Task whose texts are chosen.")],
-    lineage: Lineage = "",
+    lineage: LineageOption = "",
     number: Annotated[int, Option("--number", "-n", min=1, help="Most texts in the file.")] = 50,
     random_share: Annotated[float, Option(max=1.0, help="Share that is drawn at random, above 0.")] = 0.25,
     data: Annotated[
@@ -176,13 +166,8 @@ def sample(
     """Write a file of texts that are worth labelling: the least certain answers, and a random share."""
     if column is not None and data is None:
         raise ConfigError("--column goes with --data; give both, or neither.")
-    from deal_pipeline.server.embedded import calm_libraries
-    from tasks.monitoring.select import select_to_label
-
-    calm_libraries()
-    done = select_to_label(
+    done = deal.lineage(lineage).sample_feedback(
         task,
-        lineage,
         data=data,
         column=column,
         out=out,
@@ -199,12 +184,10 @@ def sample(
 def add(
     deal: Session,
     file: Annotated[Path, Argument(help="CSV, JSON lines or Parquet with id, and label, answer or is_right.")],
-    lineage: Lineage = "",
+    lineage: LineageOption = "",
 ) -> CommandResult[FeedbackResult]:
     """Take right answers to logged requests, from a file that a person has checked."""
-    from tasks.monitoring.feedback import take_feedback_file
-
-    taken = take_feedback_file(file, lineage)
+    taken = deal.lineage(lineage).add_feedback(file)
     shown = [f"Feedback on {taken.num_taken} answers was taken."]
     if taken.num_blank:
         shown.append(f"{taken.num_blank} rows have no feedback.")
@@ -217,12 +200,10 @@ def add(
 def export(
     deal: Session,
     task: Annotated[str, Argument(help="Task whose reviewed answers land in its inbox.")],
-    lineage: Lineage = "",
+    lineage: LineageOption = "",
 ) -> CommandResult[HarvestResult]:
     """Write reviewed right answers into the inbox, as an ordinary file. Each lands once."""
-    from tasks.monitoring.harvest import harvest_feedback
-
-    done = harvest_feedback(task, lineage)
+    done = deal.lineage(lineage).export_feedback(task)
     shown = [f"{done.num_rows} rows landed as {done.key}." if done.key else "There is nothing to export."]
     shown += [f"  not exported: {number}, {reason}" for reason, number in done.skipped.items()]
     return CommandResult(done, [*map(escape, shown)])

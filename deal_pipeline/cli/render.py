@@ -108,7 +108,7 @@ def _fields(result: object) -> Iterable[tuple[str, Shown]]:
     """The name and the `Shown` of each field that is drawn. A field may be drawn in two ways."""
     if result is None:
         return ()
-    return [(name, Shown(name)) for name in result] if isinstance(result, Mapping) else _fields_of(type(result))
+    return [(name, Shown(name)) for name in result] if isinstance(result, Mapping) else _fields_of(type(result))  # type: ignore[arg-type]  # a type is hashable
 
 
 @functools.cache

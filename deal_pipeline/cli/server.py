@@ -166,9 +166,7 @@ def status(
 
     Exit code 1: a process is gone, or data is damaged.
     """
-    from deal_pipeline.server.status import read_status
-
-    found = asyncio.run(read_status(deal.home))
+    found = deal.service.status()
     is_broken = bool(found.damaged) or any(not part.is_alive for part in found.parts)
     if check:
         is_broken |= bool(found.problems or found.failed)
@@ -249,11 +247,7 @@ def sync(
     lineages: Annotated[list[str] | None, Argument(help="Lineages.", show_default="all with a version")] = None,
 ) -> CommandResult[list[Synced]]:
     """Write into MLflow what it lacks of the store: runs, models, versions and aliases."""
-    from flows.mlflow import mirror_all
-    from tasks.progress import reporting_to
-
-    with reporting_to(deal.screen):
-        synced = asyncio.run(mirror_all(tuple(lineages or ())))
+    synced = deal.service.sync(*lineages or ())
     shown = []
     for result in synced:
         name = result.lineage
