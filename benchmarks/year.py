@@ -28,7 +28,6 @@ import yaml
 from benchmarks.output import DEAL, RESULTS, Base, Out, bare_environment, read, templates, write_result
 from benchmarks.year_rows import DEPARTMENTS, INSTRUCTION, TASKS, messages, with_wrong_labels
 from deal_core.base_model.sources import DEFAULT_BASE
-from deal_pipeline.cli.console import STAGES
 from infra.report.figures import COLOURS, MARKERS, MUTED, new_figure, save_png, spread, tidy
 
 LINEAGE = "city"
@@ -180,7 +179,7 @@ def deal(folder: Path, *words: str) -> Any:
         log.write(f"deal {' '.join(words)}\n")
         log.flush()
         done = subprocess.run(
-            command, env={**bare_environment(), STAGES: "1"}, stdout=subprocess.PIPE, stderr=log, text=True, check=False
+            command, env=bare_environment(), stdout=subprocess.PIPE, stderr=log, text=True, check=False
         )
         log.write(done.stdout)
     if done.returncode not in (0, 3):

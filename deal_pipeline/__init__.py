@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING, Any
 from infra.logs import mask_logs
 
 if TYPE_CHECKING:
-    from deal_pipeline.command import CommandError
-    from deal_pipeline.lineage import Adaptation, Lineage
+    from deal_pipeline.home import Home
+    from deal_pipeline.lineage import Lineage
+    from deal_pipeline.tables import frame
 
-__all__ = ["Adaptation", "CommandError", "Lineage"]
+__all__ = ["Home", "Lineage", "frame"]
+MODULES = {"Home": "home", "Lineage": "lineage", "frame": "tables"}
+"""Where each name is found, once it is asked for: a command needs none of it to show its help."""
 
 mask_logs()
 
 
 def __getattr__(name: str) -> Any:
-    """Import the Python API when it is asked for: a command needs none of its libraries."""
-    if name not in __all__:
+    """Import a part of the Python API when it is asked for."""
+    if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("deal_pipeline.command" if name == "CommandError" else "deal_pipeline.lineage"), name)
+    return getattr(import_module(f"deal_pipeline.{MODULES[name]}"), name)

@@ -2,85 +2,55 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import sys
-import tempfile
 import threading
-import uuid
-import weakref
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
-import pandas as pd
-
-from deal_pipeline.command import Command, CommandError, Show, end, run_command
+from deal_core.errors import ConfigError
+from deal_pipeline.home import Home, Show, in_thread, require
+from deal_pipeline.tables import Rows, as_file, as_texts
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
+    from flows.adapt import AdaptResult
+    from flows.champions import EvaluateResult
+    from infra.promotions import Decision, LeftBehind, Move
+    from tasks.arrivals import HeldArrival
+    from tasks.lineage.history import HistoryEntry
+    from tasks.lineage.reports import WrittenReport
+    from tasks.predict import Answer, FileAnswers, OnProgress
+    from tasks.progress import Reporter
+    from tasks.spec import AdaptSpec
 
-Rows: TypeAlias = "str | Path | list[dict[str, Any]] | pd.DataFrame | Dataset"
-"""A file, an address, or a table with the columns that a file would have: a list of rows, a DataFrame or a Dataset."""
-ANSWER_SECONDS = 330.0
-"""Longest wait for an answer; the server itself gives up a little earlier."""
-NUM_ROWS = 64
-"""Texts of one request."""
-KEY = "DEAL_SERVE_API_KEY"
-"""The variable that makes the server ask for a token."""
-NO_VERSION = ("has no champion here", "Nothing is learned here yet")
-"""Part of the message of a lineage without a version."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Adaptation:
-    """The outcome of one arrival.
-
-    Attributes:
-        version: The version that was made, or that had learned the same data before.
-        status: How it ended: promoted, rejected, awaiting approval, rollout or repeat.
-        accepted: Whether the gate has let the version pass.
-        reasons: Why the gate has rejected the version.
-        scores: Task → score of the version on its test rows, 0 to 1, by the task's metric.
-        metrics: Task → the name of its metric.
-        message: The outcome as a sentence.
-        values: Everything that `deal adapt --json` prints.
-    """
-
-    version: str
-    status: str
-    accepted: bool
-    reasons: tuple[str, ...]
-    scores: Mapping[str, float]
-    metrics: Mapping[str, str]
-    message: str
-    values: Mapping[str, Any]
+_model = threading.RLock()
+"""Held while the base model in memory has an adapter: it can have one at a time."""
 
 
 class Lineage:
     """One adapter that learns arrival after arrival.
 
-    Every call runs a command of its own, so the caller's environment and event loop stay as they are. The first
-    `predict` starts a server on this machine, which answers until `close`, or until the program ends.
+    Calls run in this process, and change nothing of it. Only trainings (`adapt`, `learn`, `requeue`, …) start a process
+    of their own. The first `predict` loads the base model, which stays in memory until `close`.
 
     Args:
         name: Name of the lineage; the first arrival creates it.
-        home: Folder that holds everything. None: DEAL_HOME, or ./deal-home.
-        show: Called with a line for every finished stage. None: nothing is shown.
-        environment: Variables for the commands in addition to the program's, such as DEAL_STORE_URI.
+        home: The `Home`, or the folder that holds everything. None: DEAL_HOME, or ./deal-home.
+        show: Called with a line for every finished stage and every remark. None: nothing is shown. A `Home` has its
+            own.
+        environment: Variables in addition to the program's, such as DEAL_STORE_URI. A `Home` has its own.
 
     Raises:
-        CommandError: An argument is of another type.
+        ConfigError: An argument is of another type (code "argument").
 
     Example:
         >>> lineage = Lineage("support")
-        >>> lineage.adapt("intents.csv", task="intents").accepted  # doctest: +SKIP
-        True
+        >>> lineage.adapt("intents.csv", task="intents").status  # doctest: +SKIP
+        'promoted'
         >>> lineage.predict(["I lost my card"])  # doctest: +SKIP
         ['lost card']
     """
@@ -89,28 +59,21 @@ class Lineage:
         self,
         name: str = "default",
         *,
-        home: str | Path | None = None,
+        home: Home | str | os.PathLike[str] | None = None,
         show: Show | None = print,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        _require(name, str, "the argument name", "a text")
-        _require(environment, Mapping | None, "the argument environment", "a dict of texts")
-        for text in chain.from_iterable((environment or {}).items()):
-            _require(text, str, "the argument environment", "a dict of texts")
+        require(name, str, "the argument name", "a text")
         self.name = name
-        self._environment = dict(environment or {})
-        if home is not None:
-            _require(home, str | os.PathLike, "the argument home", "the path of a folder")
-            self._environment["DEAL_HOME"] = os.path.abspath(os.path.expanduser(home))
-        self._show = show
-        self._server: _Server | None = None
-        self._starting = threading.Lock()
+        self.home = home if isinstance(home, Home) else Home(home, environment=environment, show=show)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    # --- learn ---
 
     def adapt(
         self,
@@ -122,261 +85,381 @@ class Lineage:
         strategy: str | None = None,
         settings: Mapping[str, Any] | None = None,
         force: bool = False,
-    ) -> Adaptation:
-        """Learn one arrival, judge it, and promote it if it passes the gate. A stopped call goes on when repeated.
+    ) -> AdaptResult:
+        """Learn one arrival, judge it, and promote it if it passes the gate.
+
+        The training runs in a process of its own. Ctrl-C, or a notebook's stop, ends it at its next step; the same call
+        goes on from there.
 
         Args:
             data: Rows to learn: a file, an address, or a table with the columns that a file would have. A table is
                 kept as a file in the home's folder `tables`, unless no version was trained on it.
             task: Name of the task that the rows belong to, or the section `task` of a spec, with its name.
             test_data: Rows to judge the task by; None: a share of the rows.
-            base: The base model of a new lineage.
+            base: The base model of a new lineage: built-in name, Hub id, folder or GGUF file.
             strategy: How to learn; None: the lineage's own, else deal.
             settings: Other sections of a spec, such as {"train": {"num_epochs": 3}, "gate": {"max_drop_points": 5}}.
             force: Learn the rows even if the lineage has learned them.
 
+        Returns:
+            The version and how it ended. `accuracies` has a share from 0 to 1 for each task. A version that the gate
+            rejects is no error: `rejected` is true then, and `reasons` says why.
+
         Raises:
-            CommandError: The data, a setting or the home cannot be used. Nothing is lost.
+            ConfigError: The data or a setting cannot be used. Nothing is lost.
+            DataValidationError: The whole file is refused.
         """
-        _require(task, str | Mapping, "the argument task", "a name, or the section task of a spec as a dict")
-        _require(settings, Mapping | None, "the argument settings", "a dict of a spec's sections")
+        require(task, str | Mapping, "the argument task", "a name, or the section task of a spec as a dict")
+        require(settings, Mapping | None, "the argument settings", "a dict of a spec's sections")
         if settings and "task" in settings:
-            raise CommandError("The settings have a section task; give it as the argument task.", 2)
-        arrival = {"name": task} if isinstance(task, str) else dict(task)
-        tables: list[Path] = []
-        stages: set[str] = set()
+            raise ConfigError("The settings have a section task; give it as the argument task.", code="argument")
+        from tasks.lineage.settings import spec_from_values
+
+        arrival: dict[str, Any] = {"name": task} if isinstance(task, str) else dict(task)
+        folder, tables = self.home.folder / "tables", list[Path]()
+        learned = _Learned(self.home.reporter)
         is_needed = False
         try:
-            arrival["data"] = self._as_file(data, tables)
+            arrival["data"] = as_file(data, folder, tables)
             if (test_rows := arrival.get("test_data") if test_data is None else test_data) is not None:
-                arrival["test_data"] = self._as_file(test_rows, tables)
-            text = _as_json(
-                {**(settings or {}), "task": arrival},
-                "The settings or the task cannot be written as YAML",
-                ensure_ascii=False,
-            )
-            # JSON is YAML, but YAML does not join JSON's two escapes of one character
-            text = re.sub("[^ -~]", lambda match: f"\\U{ord(match[0]):08x}", text)
-            with tempfile.TemporaryDirectory(prefix="deal-") as folder:
-                spec = Path(folder) / "spec.yaml"
-                spec.write_text(text, encoding="utf-8")
-                named = {"base_model": base, "strategy": strategy}
-                changes = [f"--set={name}={json.dumps(value)}" for name, value in named.items() if value is not None]
-                values = self._run("adapt", str(spec), *changes, "--force" if force else None, stages=stages)
-            is_needed = values["status"] != "repeat"
+                arrival["test_data"] = as_file(test_rows, folder, tables)
+            values = {**(settings or {}), "task": arrival}
+            with self.home.opened() as store:
+                spec = spec_from_values(store, values, lineage=self.name, base_model=base, strategy=strategy)
+            result = self.learn(spec, force=force, reporter=learned)
+            is_needed = result.status != "repeat"
         finally:
             # A requeue reads the tables of a version again. A run that has died after its training may still become a
             # version: the lineage's next run completes it.
-            if not (is_needed or "train" in stages):
+            if not (is_needed or learned.has_trained):
                 for table in tables:
                     with suppress(OSError):
                         table.unlink()
-        return Adaptation(
-            version=values["version"],
-            status=values["status"],
-            accepted=not values["rejected"],
-            reasons=tuple(values["reasons"]),
-            scores=values["accuracies"],
-            metrics=values["metrics"],
-            message=values["message"],
-            values=values,
-        )
+        return result
 
-    def evaluate(self, version: str | int | None = None) -> pd.DataFrame:
-        """Score a version (None: the champion) again on the test rows of its tasks.
+    def learn(self, spec: AdaptSpec, *, force: bool = False, reporter: Reporter | None = None) -> AdaptResult:
+        """Learn the arrival of a spec as `adapt` does; `reporter` gets the stages in place of the home's `show`."""
+        from deal_pipeline.training import Adapt
+
+        with self.home.importing():
+            from flows.adapt import AdaptResult
+
+        return self.home.train(Adapt(spec=spec, again=force), AdaptResult, reporter=reporter, trains=True)
+
+    def left_behind(self) -> tuple[LeftBehind, ...]:
+        """Return the accepted arrivals that the champion has not learned, oldest first.
+
+        Raises:
+            NoVersionError: The lineage has no version.
+        """
+        with self.home.opened_to_move():
+            from tasks.lineage.promotion import find_left_behind
+
+            return find_left_behind(self.name)
+
+    def requeue(self, *versions: str | int) -> list[AdaptResult]:
+        """Learn the arrivals of versions again, in a process of its own; without numbers, all that were left behind.
+
+        Without numbers, held arrivals whose run was cancelled go on too.
+
+        Raises:
+            RegistryError: There is no such version.
+            DataValidationError: A file is gone or was replaced by another.
+        """
+        from deal_pipeline.training import Requeue
+
+        with self.home.importing():
+            from flows.adapt import AdaptResult
+
+        return self.home.train(Requeue(lineage=self.name, versions=tuple(map(str, versions))), list[AdaptResult])
+
+    # --- look ---
+
+    def evaluate(self, version: str | int | None = None) -> EvaluateResult:
+        """Score a version (None: the champion) again on the frozen test rows of its tasks, in this process.
 
         Returns:
-            One row per task: score (0 to 1), recorded (the score of the version's own run) and num_rows.
+            By task `accuracies` and `recorded` (of the version's own run), shares from 0 to 1, and `num_rows`.
 
         Raises:
-            CommandError: There is no such version.
+            RegistryError: There is no such version, or no champion.
+            IntegrityError: The version's adapter is damaged.
         """
-        values = self._run("version", "evaluate", version)
-        columns = {"score": values["accuracies"], "recorded": values["recorded"], "num_rows": values["num_rows"]}
-        return pd.DataFrame(columns).rename_axis("task")
+        with self.home.importing():
+            from flows.champions import evaluate
+        with _model:
+            return self.home.run(evaluate, self.name, None if version is None else str(version), trains=True)
 
-    def history(self) -> pd.DataFrame:
-        """Return the versions of the lineage, oldest first: task, scores, the gate's decision, aliases.
+    def history(self, newest: int | None = None) -> list[HistoryEntry]:
+        """Return the versions, oldest first: what each learned, scores (0 to 1), the gate's decision, aliases.
 
-        The table is empty if the lineage has no version.
+        Args:
+            newest: Only so many of the newest; None: all.
+
+        Returns:
+            One entry for each version; empty if the lineage has none.
 
         Raises:
-            CommandError: The home or its servers cannot be used.
+            StoreError: The store does not answer, or a version is damaged.
         """
-        versions = self._versions() or []
-        return pd.DataFrame(versions, columns=None if versions else ["version", "task", "aliases"]).set_index("version")
+        from tasks.lineage import history
 
-    def matrix(self) -> pd.DataFrame:
-        """Return the accuracy matrix up to the champion: one row per learned arrival, one column per task.
-
-        An entry is a score from 0 to 1 by the task's metric; it is missing where it was not measured.
-
-        Raises:
-            CommandError: The lineage has no champion.
-        """
-        matrix = self._versions("--matrix") or {"trained": [], "rows": [], "tasks": []}
-        rows = pd.Index(matrix["trained"], name="learned")
-        return pd.DataFrame(matrix["rows"], index=rows, columns=matrix["tasks"], dtype=float)
+        with self.home.opened():
+            try:
+                return history.read_history(self.name, newest)
+            except history.NoVersionError:
+                return []
 
     @property
     def champion(self) -> str | None:
         """Number of the version that answers; None: there is none yet. Errors are those of `history`."""
-        aliases = self.history()["aliases"]
-        return next((str(number) for number, names in aliases.items() if "champion" in names), None)
+        from infra.versions import Versions
 
-    def rollback(self, version: str | int | None = None) -> None:
-        """Make an earlier version the champion again, at once; None: the one that the champion continues.
+        with self.home.opened() as store:
+            version = Versions(store).champion(self.name)
+        return version.version if version else None
+
+    def show(self, version: str | int) -> HistoryEntry:
+        """Return what a version learned, its scores (0 to 1), and what the gate decided.
 
         Raises:
-            CommandError: There is no such version, or the gate has rejected it.
+            RegistryError: There is no such version.
         """
-        self._run("version", "rollback", version)
+        from tasks.lineage.history import no_version, read_history
 
-    def predict(self, texts: str | Sequence[str], *, task: str | None = None) -> list[str]:
-        """Answer texts with the champion. The first call loads the model; later calls follow the champion.
+        with self.home.opened():
+            entry = next((entry for entry in read_history(self.name) if entry.version == str(version)), None)
+        if entry is None:
+            raise no_version(self.name, str(version))
+        return entry
+
+    def report(self, version: str | int, file: str | os.PathLike[str] | None = None) -> WrittenReport:
+        """Write a version's page as HTML; None: into the home's folder `reports`. A present file is replaced.
+
+        Raises:
+            RegistryError: There is no such version, or it has no report.
+            ConfigError: The file cannot be written.
+        """
+        from tasks.lineage.reports import save_report
+
+        with self.home.opened():
+            place = self.home.folder / "reports" / f"{self.name}-{version}.html" if file is None else Path(file)
+            return save_report(self.name, str(version), place)
+
+    def matrix(self) -> AccuracyMatrix:
+        """Return the accuracy matrix up to the champion: one row for each version, one column for each task.
+
+        A score is a share from 0 to 1 by the task's metric, and None where it was not measured. `frame` makes it a
+        DataFrame.
+
+        Raises:
+            RegistryError: The lineage has no champion.
+        """
+        from tasks.lineage.history import find_version
+        from tasks.lineage.record import read_record
+
+        with self.home.opened() as store:
+            return read_record(store, find_version(store, self.name, None)).matrix
+
+    def moves(self) -> tuple[Move, ...]:
+        """Return the promotion log, oldest first: which version became champion when, by whom, and why."""
+        from infra.promotions import PromotionLog
+
+        with self.home.opened() as store:
+            return tuple(PromotionLog(store).moves(self.name))
+
+    def champion_at(self, when: datetime) -> str | None:
+        """Return the number of the version that was champion at a time with a zone; None: none was."""
+        from infra.promotions import PromotionLog
+
+        with self.home.opened() as store:
+            return PromotionLog(store).champion_at(self.name, when)
+
+    def held(self) -> tuple[HeldArrival, ...]:
+        """Return the arrivals that are held: their run was cancelled, or their labels disagree with the champion."""
+        from infra.lineage_state import read_state
+        from tasks.arrivals import held_arrivals
+
+        with self.home.opened() as store:
+            return held_arrivals(read_state(store, self.name))
+
+    # --- answer ---
+
+    def predict(
+        self, texts: str | Sequence[str], *, task: str | None = None, version: str | int | None = None
+    ) -> list[str]:
+        """Answer texts with the champion, in this process. The first call loads the model; later calls keep it.
 
         Args:
             texts: The texts: a list, a tuple, a Series or an array. A single text counts as a list of one.
             task: The task to ask; None: the newest one.
+            version: Number of the version; None: the champion of now.
+
+        Returns:
+            One answer for each text, in their order.
 
         Raises:
-            CommandError: There is no champion, or a text cannot be answered.
+            ConfigError: The lineage does not know the task, or a text cannot be answered.
+            RegistryError: There is no champion, or no such version.
         """
-        _require(texts, str | list | tuple | pd.Series | np.ndarray, "the argument texts", "a text or a list of texts")
-        _require(task, str | None, "the argument task", "the name of a task")
-        rows = [{"input": text, "task": task} for text in ([texts] if isinstance(texts, str) else texts)]
-        for number, row in enumerate(rows, start=1):
-            _require(row["input"], str, f"text {number}", "a text")
-        with self._starting:
-            if self._server is None or not self._server.is_alive:
-                self._server = _Server(self.name, self._environment)
-            server = self._server  # another thread may close it, which ends the answers with an error of their own
-        parts = [rows[start : start + NUM_ROWS] for start in range(0, len(rows), NUM_ROWS)]
-        return [answer for part in parts for answer in server.answers(part)]
+        require(task, str | None, "the argument task", "the name of a task")
+        asked, number = as_texts(texts), None if version is None else str(version)
+        with self.home.opened(), self._answering():
+            from tasks.predict import predict_texts
+
+            return predict_texts(asked, lineage=self.name, task=task, version=number)
+
+    def answer(self, text: str, *, task: str | None = None, version: str | int | None = None) -> Answer:
+        """Answer one text, and tell how: the prompt, the first tokens' logits, whether it is a label of the task.
+
+        Arguments and errors are those of `predict`.
+        """
+        with self.home.opened(), self._answering():
+            from tasks.predict import predict
+
+            return predict(text, lineage=self.name, task=task, version=None if version is None else str(version))
+
+    def predict_file(
+        self,
+        data: str | os.PathLike[str],
+        *,
+        task: str | None = None,
+        version: str | int | None = None,
+        out: str | os.PathLike[str] | None = None,
+        column: str | None = None,
+        on_progress: OnProgress = lambda done, total: None,
+    ) -> FileAnswers:
+        """Answer every row of a file, of any size, into another file.
+
+        Args:
+            data: CSV, JSON lines or Parquet.
+            task: The task to ask; None: the newest one.
+            version: Number of the version; None: the champion of now.
+            out: A .jsonl or .parquet file; None: a file next to `data`, named after it.
+            column: The column with the text; None: it is found by its name.
+            on_progress: Called with the number of answered rows and of all rows.
+
+        Raises:
+            ConfigError: The lineage does not know the task, or the output exists already or lies in the inbox.
+            DataValidationError: The file cannot be read.
+            RegistryError: There is no champion, or no such version.
+        """
+        with self.home.opened(), self._answering():
+            from tasks.predict import predict_file
+
+            return predict_file(
+                Path(data),
+                lineage=self.name,
+                task=task,
+                version=None if version is None else str(version),
+                out=None if out is None else Path(out),
+                column=column,
+                on_progress=on_progress,
+            )
 
     def close(self) -> None:
-        """End the server that `predict` has started. The next `predict` starts it again."""
-        with self._starting:
-            if self._server is not None:
-                self._server.close()
-                self._server = None
+        """Free the memory of the base model that answers. The next answer loads it again."""
+        if "tasks.base" in sys.modules:
+            with _model:
+                sys.modules["tasks.base"].release_base()
 
-    def _as_file(self, data: Rows, tables: list[Path]) -> str:
-        """Return a file's path from the root, or an address as it is. A table becomes a file, which joins `tables`."""
-        if isinstance(data, str | os.PathLike):
-            address = os.fspath(data)
-            return address if "://" in address else os.path.abspath(os.path.expanduser(address))
-        if isinstance(data, Mapping):
-            keys = ", ".join(map(str, data))
-            raise CommandError(
-                f"The data is a dict of {keys}; give one split of it, or its rows as a list of dicts.", 2
-            )
-        datasets = sys.modules.get("datasets")  # who has a Dataset has imported it
-        is_dataset = datasets is not None and isinstance(data, datasets.Dataset)
-        if not isinstance(data, list | pd.DataFrame) and not is_dataset:
-            raise CommandError(
-                f"The data is {_kind(data)}; give a file, an address, a list of rows as dicts, a pandas DataFrame or a "
-                "datasets.Dataset.",
-                2,
-            )
-        home = self._environment.get("DEAL_HOME") or os.environ.get("DEAL_HOME") or "deal-home"
-        lines = []
-        for number, row in enumerate(data if isinstance(data, list) else (), start=1):
-            _require(row, Mapping, f"row {number} of the data", "a dict with the columns that a file would have")
-            lines.append(_as_json(dict(row), f"Row {number} of the data is no JSON") + "\n")
-        name = uuid.uuid4().hex + (".jsonl" if isinstance(data, list) else ".parquet")
-        place = Path(os.path.abspath(os.path.expanduser(home)), "tables", name)
-        tables.append(place)
+    # --- decide ---
+
+    def promote(self, version: str | int, *, why: str = "approved", tells: bool = True) -> Decision:
+        """Make a version champion, at once. Its parent must be the present champion.
+
+        Args:
+            version: Its number.
+            why: The reason, for the promotion log.
+            tells: Tell Prefect, the webhook and MLflow; without it, `tell` does so later.
+
+        Raises:
+            RegistryError: The version cannot become champion.
+        """
+        with self.home.opened_to_move():
+            from tasks.lineage.promotion import promote_to
+
+            decision = promote_to(self.name, str(version), who=self.home.who, why=why)
+        return self._decided(decision, tells)
+
+    def rollback(
+        self, version: str | int | None = None, *, why: str = "rolled back by hand", tells: bool = True
+    ) -> Decision:
+        """Make an earlier version the champion again, at once; None: the one that the champion continues.
+
+        Returns:
+            The move; `left_behind` are the arrivals that the champion has not learned now. For the other arguments see
+            `promote`.
+
+        Raises:
+            RegistryError: There is no such version, or the gate has rejected it.
+        """
+        with self.home.opened_to_move():
+            from tasks.lineage.promotion import roll_back
+
+            decision = roll_back(self.name, None if version is None else str(version), who=self.home.who, why=why)
+        return self._decided(decision, tells)
+
+    def reject(self, version: str | int, *, why: str, tells: bool = True) -> Decision:
+        """Reject a version: it can never become champion. For the arguments see `promote`.
+
+        Raises:
+            RegistryError: The version is champion, or was rejected already.
+        """
+        with self.home.opened_to_move():
+            from tasks.lineage.promotion import reject_version
+
+            decision = reject_version(self.name, str(version), who=self.home.who, why=why)
+        return self._decided(decision, tells)
+
+    def tell(self, decision: Decision) -> str:
+        """Tell Prefect, the webhook and MLflow of a decision, which holds all the same. No error is raised.
+
+        Returns:
+            What could not be told, in one line; empty if all was told.
+        """
+        with self.home.importing():
+            import infra.tracking.tracker  # noqa: F401  # MLflow
+            from flows.promote import tell_once
+        with self.home.opened_to_move():
+            return in_thread(lambda: tell_once(decision))
+
+    def _decided(self, decision: Decision, tells: bool) -> Decision:
+        if tells and (remark := self.tell(decision)):
+            self.home.reporter.said(remark)
+        return decision
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Hold the base model; its libraries show nothing of their own meanwhile."""
+        from transformers.utils import logging as transformers_logging
+
+        shows = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(data, list):
-                place.write_text("".join(lines), encoding="utf-8")
-            elif isinstance(data, pd.DataFrame):
-                data.to_parquet(place, index=False)
-            else:
-                data.to_parquet(place)
-        except OSError as error:
-            raise CommandError(
-                f"The table cannot be written to {place} ({error.strerror}); check the home.", 1
-            ) from None
-        except Exception as error:  # the cells may be of any type, and each has its own errors
-            why = " ".join(str(error).split()).rstrip(".")
-            raise CommandError(
-                f"The table cannot be kept as Parquet: {why}. Give each column its own name and one type, or leave it "
-                "out.",
-                2,
-            ) from None
-        return str(place)
-
-    def _versions(self, *options: str) -> Any:
-        """Return what `deal version list` prints; None: the lineage, or the whole home, has no version."""
-        try:
-            return self._run("version", "list", *options)
-        except CommandError as error:
-            if not any(message in str(error) for message in NO_VERSION):
-                raise
-            return None
-
-    def _run(self, *command: str | int | None, stages: set[str] | None = None) -> Any:
-        """Run a command about this lineage. Parts that are None are left out. For `stages` see `run_command`."""
-        arguments = [str(part) for part in (*command, "--lineage", self.name) if part is not None]
-        return run_command(arguments, self._environment, self._show, stages)
+            with _model:
+                yield
+        finally:
+            if shows:
+                transformers_logging.enable_progress_bar()
 
 
-def _as_json(value: Any, problem: str, *, ensure_ascii: bool = True) -> str:
-    try:
-        return json.dumps(value, ensure_ascii=ensure_ascii)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise CommandError(f"{problem}: {error}; give texts, numbers, lists and dicts.", 2) from None
+class _Learned:
+    """Passes the progress of a training on, and notes whether the training has ended. It is a `Reporter`."""
 
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self.has_trained = False
 
-def _require(value: object, kinds: Any, what: str, wanted: str) -> None:
-    """Refuse a value of another type in one sentence."""
-    if not isinstance(value, kinds):
-        raise CommandError(f"{what[0].upper()}{what[1:]} is {_kind(value)}; give {wanted}.", 2)
+    def stage_started(self, stage: str) -> None:
+        self._reporter.stage_started(stage)
 
+    def advanced(self, stage: str, done: float, total: float | None, detail: str = "") -> None:
+        self._reporter.advanced(stage, done, total, detail)
 
-def _kind(value: object) -> str:
-    return "None" if value is None else f"of the type {type(value).__name__}"
+    def stage_finished(self, stage: str, seconds: float, detail: str) -> None:
+        self.has_trained = self.has_trained or stage == "train"
+        self._reporter.stage_finished(stage, seconds, detail)
 
-
-def _token(environment: Mapping[str, str]) -> str:
-    """Return the token that the server asks for, as it reads it; "": none."""
-    return (environment.get(KEY) or os.environ.get(KEY) or "").strip()
-
-
-class _Server:
-    """A `deal serve` of this program. It ends with the object, or with the program."""
-
-    def __init__(self, lineage: str, environment: Mapping[str, str]) -> None:
-        command = Command(["serve", "--lineage", lineage, "--port", "0"], environment)
-        self._process = command.process
-        self.close = weakref.finalize(self, end, command.process)
-        self._key = _token(environment)
-        for line in command.output:
-            event = json.loads(line)
-            if "url" in event:
-                self._url = f"{event['url']}/invocations"
-                break
-        else:  # the server has ended
-            raise command.error("The server has not started.")
-        command.listen_to(command.output)
-
-    @property
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
-
-    def answers(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-        import httpx  # a program that imports this package need not pay for it
-
-        body = json.dumps({"dataframe_records": rows})
-        key = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        headers = {"Content-Type": "application/json", **key}
-        try:  # without the environment's proxies: texts and token stay on this machine
-            answered = httpx.post(self._url, content=body, headers=headers, timeout=ANSWER_SECONDS, trust_env=False)
-        except httpx.TransportError as error:
-            raise CommandError(f"The server at {self._url} does not answer ({error}); call predict again.", 1) from None
-        values = answered.json()
-        if answered.is_error:
-            raise CommandError(values["error"], 1)
-        return [str(row["output"]) for row in values["predictions"]]
+    def said(self, message: str) -> None:
+        self._reporter.said(message)

@@ -1,6 +1,7 @@
-"""Settings of the machine, the store, MLflow and servers: one class per subject, read from the environment.
+"""Settings of the machine, the store, MLflow and servers: one class per subject, read from the variables of a place.
 
-All defaults are below the folder DEAL_HOME, so one machine needs no settings.
+The place is the one that `at_place` names, and the process's environment elsewhere. All defaults are below the folder
+DEAL_HOME, so one machine needs no settings.
 
 Example:
     >>> StoreSettings(home="/srv/deal").store_uri
@@ -10,14 +11,17 @@ Example:
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 import platformdirs
 from pydantic import AfterValidator, Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from deal_core.config import Shard
 from deal_core.errors import ConfigError
@@ -38,8 +42,48 @@ IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4"}
 """For commands at which a person waits. Processes of `deal server up` have the patience of MLflow's own default."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where the files lie, and how this machine works: the variables that the settings below are read from."""
+
+    variables: Mapping[str, str] = field(repr=False)
+    """Name → value, such as DEAL_HOME → /srv/deal. Some are secrets."""
+
+
+_place: ContextVar[Place | None] = ContextVar("deal_place", default=None)
+
+
+@contextmanager
+def at_place(place: Place) -> Iterator[None]:
+    """Let the settings that are read in this block be those of a place. The environment stays as it is.
+
+    A thread that the block starts reads the process's environment, unless it runs in a copy of the block's context.
+    """
+    token = _place.set(place)
+    try:
+        yield
+    finally:
+        _place.reset(token)
+
+
 class _Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="DEAL_", env_ignore_empty=True, frozen=True)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read the variables of the present place; without one, those of the process."""
+        place = _place.get()
+        if place is not None:
+            assert isinstance(env_settings, EnvSettingsSource)
+            env_settings.env_vars = {name.lower(): value for name, value in place.variables.items() if value}
+        return init_settings, env_settings
 
 
 class HomeSettings(_Settings):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
 import shlex
 import sys
 import time
@@ -32,10 +31,6 @@ if TYPE_CHECKING:
 
 WIDTH = 120
 """The width of tables in a file or a pipe."""
-STAGES = "DEAL_STAGES"
-"""With this environment variable, a command with --json prints stages and remarks to stderr, as lines of JSON."""
-
-
 PROGRESS_SECONDS = 30.0
 """Time between two lines of progress where no bars are drawn."""
 LONG_WORD = 20
@@ -84,7 +79,7 @@ class Screen:
     """The terminal of one command. Results go to stdout; progress, remarks and errors to stderr.
 
     Bars are drawn only if stdout and stderr are terminals; else a line tells the progress now and then. With `as_json`
-    only the result is printed, or stages and remarks too, if STAGES is set.
+    only the result is printed.
     It is a `tasks.progress.Reporter`, so a flow can report to it.
     """
 
@@ -92,7 +87,6 @@ class Screen:
         self.as_json = as_json
         self.out = _Terminal(highlight=False, emoji=False, width=None if sys.stdout.isatty() else WIDTH)
         self.err = _Terminal(stderr=True, highlight=False, emoji=False)
-        self._tells = as_json and STAGES in os.environ
         self.draws = not as_json and sys.stdout.isatty() and sys.stderr.isatty()
         self._progress: Progress | None = None
         self._bar: TaskID | None = None
@@ -125,15 +119,11 @@ class Screen:
         if self._progress is not None and self._bar is not None:
             self._progress.remove_task(self._bar)
             self._bar = None
-        detail = without_secrets(detail)
-        self._tell({"stage": stage, "seconds": seconds, "detail": detail})
-        self._line(f"  [green]✓[/] {stage:<9} [dim]{seconds:6.1f} s[/]  {escape(detail)}")
+        self._line(f"  [green]✓[/] {stage:<9} [dim]{seconds:6.1f} s[/]  {escape(without_secrets(detail))}")
 
     def said(self, message: str) -> None:
         """Print a line."""
-        message = without_secrets(message)
-        self._tell({"said": message})
-        self._line(escape(message))
+        self._line(escape(without_secrets(message)))
 
     # --- what commands call ---
 
@@ -175,24 +165,16 @@ class Screen:
         """One line on stderr that says what went wrong and what to do; with --json also the error's code."""
         message = without_secrets(message)
         if self.as_json:
-            _write_event({"error": message, "code": code})
+            sys.stderr.write(printable_json(json.dumps({"error": message, "code": code}, ensure_ascii=False)) + "\n")
+            sys.stderr.flush()
         else:
             self.err.print(f"[bold red]Error:[/] {escape(message)}", soft_wrap=True)
-
-    def _tell(self, event: dict[str, Any]) -> None:
-        if self._tells:
-            _write_event(event)
 
     def _line(self, markup: str) -> None:
         if self.as_json:
             return
         console = self._progress.console if self._progress is not None else self.err
         console.print(markup)
-
-
-def _write_event(event: dict[str, Any]) -> None:
-    sys.stderr.write(printable_json(json.dumps(event, ensure_ascii=False)) + "\n")
-    sys.stderr.flush()
 
 
 def home_option(home: Path) -> str:

@@ -8,16 +8,12 @@ the return types.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-import errno
 import functools
-import gc
 import getpass
 import inspect
 import json
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Coroutine, Iterable, Iterator
@@ -31,8 +27,7 @@ import typer
 from rich.console import RenderableType
 from typer import Option
 
-from deal_core.errors import ConfigError, DealError, in_one_line
-from deal_core.regular_file import WRONG_PATH
+from deal_core.errors import ConfigError, in_one_line
 from deal_core.safe_text import brief, printable, printable_json, without_secrets
 from deal_pipeline.cli.console import Screen
 
@@ -178,62 +173,11 @@ class Session:
         trains: bool = False,
         in_prefect: bool = True,
     ) -> Result:
-        """Run a flow and show its stages. Ctrl-C stops it at its next step, a second Ctrl-C at once.
+        """Run a flow and show its stages. `doing` is shown until the first stage begins; the rest is of `run_flow`."""
+        from deal_pipeline.server.flow_run import run_flow
 
-        Args:
-            start: imports the flow and gives its coroutine, while Prefect's API starts.
-            doing: shown until the first stage begins.
-            makes_room: the flow removes more than it writes, so it may begin on a nearly full disk.
-            trains: the flow needs torch, Transformers and PEFT. They are imported while the API starts.
-            in_prefect: without it, `start` gives the coroutine of a flow's plain function. It needs no API, and so no
-                room for the API's database.
-
-        Raises:
-            DatabaseError: Prefect's database is damaged.
-            DiskFullError: the disk of the home folder is too full to begin.
-            DealError: Prefect's API has not started.
-        """
-        from deal_pipeline.server.embedded import API_SECONDS, calm_libraries, end_orphans, start_api
-        from infra.disk import ROOM_BYTES, ROOM_TO_REMOVE_BYTES, require_room
-        from tasks.progress import Interrupted, reporting_to
-
-        if in_prefect:
-            require_room(self.home, ROOM_TO_REMOVE_BYTES if makes_room else ROOM_BYTES)
-            end_orphans(self.home)
-        with self.screen.working(doing), reporting_to(self.screen) as stop:
-            gc.disable()  # modules stay, and collections that look at them are an eighth of the time of the imports
-            try:
-                from prefect.exceptions import TerminationSignal
-
-                api = start_api() if in_prefect else None
-                if trains and api is not None and not api.done():
-                    import deal_core.training.train  # noqa: F401
-                coroutine = start()
-            finally:
-                gc.enable()
-            calm_libraries()
-            try:
-                if api is not None:
-                    api.result(timeout=API_SECONDS)
-            except TimeoutError:  # Prefect starts an API that ends at once again and again, without end
-                coroutine.close()
-                log = self.home / "logs" / "deal.log"
-                raise DealError(f"Prefect's API has not started in {API_SECONDS} s; {log} says why.") from None
-            previous = signal.getsignal(signal.SIGINT)
-
-            def on_interrupt(number: int, frame: Any) -> None:
-                if stop.is_set():  # nothing else ends threads; the files on the disk are always consistent
-                    os._exit(STOPPED)
-                stop.set()
-                self.screen.said("Stopping at the next step; Ctrl-C again stops at once.")
-
-            signal.signal(signal.SIGINT, on_interrupt)
-            try:
-                return asyncio.run(coroutine)
-            except (Interrupted, TerminationSignal):
-                raise KeyboardInterrupt from None
-            finally:
-                signal.signal(signal.SIGINT, previous)
+        with self.screen.working(doing):
+            return run_flow(start, self.home, self.screen, makes_room=makes_room, trains=trains, in_prefect=in_prefect)
 
     def show(self, result: CommandResult[Any]) -> None:
         """Print a result: as JSON with --json, else as lines and tables."""
@@ -303,7 +247,7 @@ def command(
 @contextmanager
 def session(home: Path | None, as_json: bool, debug: bool, *, makes_home: bool = True) -> Iterator[Session]:
     """Prepare the home folder (`enter_home`). Turn an error inside into one line and an exit code."""
-    from deal_pipeline.server.embedded import FAILURES, enter_home
+    from deal_pipeline.server.embedded import enter_home, explained
 
     screen = Screen(as_json=as_json)
     folder: Path | None = None
@@ -319,16 +263,9 @@ def session(home: Path | None, as_json: bool, debug: bool, *, makes_home: bool =
     except Exception as error:
         if debug:
             sys.stderr.write(printable(without_secrets(traceback.format_exc())))
-        from infra.disk import disk_full, disk_full_unexpected
-
-        is_ours = isinstance(error, DealError)
-        if full := disk_full(error) if is_ours else disk_full_unexpected(error):
-            error, is_ours = full, True
-        if not is_ours:
-            FAILURES.exception("The command failed")
-            error = _wrong_path(error) or error
-        screen.error(_explain(error, folder), error.code if isinstance(error, DealError) else "unexpected")
-        raise typer.Exit(WRONG_USE if isinstance(error, ConfigError) else FAILED) from None
+        problem = explained(error, folder, "--debug")
+        screen.error(in_one_line(problem), problem.code)
+        raise typer.Exit(WRONG_USE if isinstance(problem, ConfigError) else FAILED) from None
 
 
 def _require_time_zone() -> None:
@@ -339,25 +276,6 @@ def _require_time_zone() -> None:
         raise ConfigError(
             f"TZ is {brief(os.environ.get('TZ'))}, which is no time zone; set it to one such as Europe/Berlin or UTC."
         ) from None
-
-
-_WRONG_PATH = (*WRONG_PATH, errno.EEXIST, errno.EROFS)  # of paths to write to as well
-
-
-def _wrong_path(error: Exception) -> ConfigError | None:
-    """The error of a path that a person has given and no file can have, or that may not be used; else None."""
-    if isinstance(error, OSError) and error.errno in _WRONG_PATH and error.filename is not None:
-        return ConfigError(f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}); check the path.")
-    if isinstance(error, ValueError) and "embedded null" in str(error):
-        return ConfigError("A path has a NUL in it, which no file's name can have; check the paths.")
-    return None
-
-
-def _explain(error: Exception, home: Path | None) -> str:
-    if isinstance(error, DealError):
-        return in_one_line(error)
-    where = f"{home / 'logs' / 'deal.log'} and --debug show" if home and home.exists() else "--debug shows"
-    return f"{in_one_line(error)}. This was not expected; {where} where it happened."
 
 
 def as_plain(value: Any) -> Any:

@@ -5,6 +5,7 @@ Only commands use this module, before they import anything heavy. A flow that a 
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shlex
@@ -16,7 +17,7 @@ import time
 import urllib.request
 import warnings
 import webbrowser
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from concurrent.futures import Future
 from contextlib import closing, suppress
 from contextvars import copy_context
@@ -25,8 +26,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from deal_core.errors import ConfigError, DealError
-from deal_core.regular_file import complete_file
+from deal_core.errors import ConfigError, DealError, in_one_line
+from deal_core.regular_file import WRONG_PATH, complete_file
 from deal_core.safe_text import without_secrets
 
 LOGGING_YAML = """\
@@ -66,6 +67,8 @@ COMMAND_PID = "DEAL_COMMAND_PID"
 """Environment variable that tells the API's process which command it belongs to."""
 API_MARK = "prefect.server.api.server:create_app"
 """Part of the command line of an API's process."""
+_WRONG_PATH = (*WRONG_PATH, errno.EEXIST, errno.EROFS)
+"""Numbers of the errors of a path that cannot be read or written."""
 PAGES_SECONDS = 60
 """Longest wait for MLflow's pages, and for their server's end."""
 CHECK_SECONDS = 1.0
@@ -122,7 +125,7 @@ def enter_home(home: Path | None, *, makes_home: bool = True) -> Path:
         if disk_full(error) is None:  # on a full disk commands that read or remove work, without a log
             problem = f"The home folder {folder} cannot be used ({error.strerror}); give one with --home."
             raise ConfigError(problem) from None
-    servers = _servers(folder)
+    servers = running_servers(folder, os.environ)
     settings = embedded_environment(folder, {**servers, **os.environ})
     logging.raiseExceptions = False  # if the disk is full and a log cannot be written, print nothing
     # a command without Prefect has no other handler, and Python's default handler prints to the screen
@@ -143,11 +146,11 @@ def _settle(variables: Mapping[str, str], handler: logging.Handler) -> None:
     FAILURES.handlers, FAILURES.propagate = [handler], False
 
 
-def _servers(home: Path) -> dict[str, str]:
-    """Return the variables that make this command use the servers of `deal server up`; empty if they do not run.
+def running_servers(home: Path, environment: MutableMapping[str, str]) -> dict[str, str]:
+    """Return the variables that make a command use the servers of `deal server up`; empty if they do not run.
 
     The database that `deal server up` was given is that of its MLflow server. A command writes to the server then,
-    because the server alone knows where it keeps artifacts. So the database's address is removed from the environment.
+    because the server alone knows where it keeps artifacts. So the database's address is removed from `environment`.
     """
     if not (home / "stack.json").exists():
         return {}
@@ -156,9 +159,32 @@ def _servers(home: Path) -> dict[str, str]:
     stack = read_stack(home)
     if stack is None or not stack.is_alive():
         return {}
-    if os.environ.get("MLFLOW_TRACKING_URI") == stack.backend_uri:
-        del os.environ["MLFLOW_TRACKING_URI"]
+    if environment.get("MLFLOW_TRACKING_URI") == stack.backend_uri:
+        del environment["MLFLOW_TRACKING_URI"]
     return stack.environment()
+
+
+def explained(error: Exception, home: Path | None, option: str | None = None) -> DealError:
+    """Return an error as one of the project's own. What nobody expected goes to the log, with its traceback.
+
+    `option` is that of a command with which it shows the traceback.
+    """
+    from infra.disk import disk_full, disk_full_unexpected
+
+    if isinstance(error, DealError):
+        return disk_full(error) or error
+    if full := disk_full_unexpected(error):
+        return full
+    FAILURES.error("The command failed", exc_info=error)
+    # a path that a person has given and no file can have, or that may not be used
+    if isinstance(error, OSError) and error.errno in _WRONG_PATH and error.filename is not None:
+        return ConfigError(f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}); check the path.")
+    if isinstance(error, ValueError) and "embedded null" in str(error):
+        return ConfigError("A path has a NUL in it, which no file's name can have; check the paths.")
+    places = [str(home / "logs" / "deal.log")] if home is not None and home.exists() else []
+    places += [option] if option else []
+    where = f"; {' and '.join(places)} show{'' if len(places) > 1 else 's'} where it happened" if places else ""
+    return DealError(f"{in_one_line(error)}. This was not expected{where}.", code="unexpected")
 
 
 def calm_libraries() -> None:

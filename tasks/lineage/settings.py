@@ -263,6 +263,18 @@ def spec_from_options(
     return spec.with_files_from(Path(os.path.realpath(path)).parent if path else Path.cwd())
 
 
+def spec_from_values(store: ObjectStore, values: Mapping[str, Any], *, lineage: str, **options: Any) -> AdaptSpec:
+    """Make the spec of one adaptation from values as a spec file would have them, over the lineage's file.
+
+    `options` win over the values; one that is None was not given. Relative paths are relative to the working folder.
+
+    Raises:
+        ConfigError: A setting is not valid.
+    """
+    spec = _parse_over_stored(AdaptSpec, store, values, None, (), lineage=lineage, **options)
+    return spec.with_files_from(Path.cwd())
+
+
 def watched_from_options(
     store: ObjectStore,
     path: Path | None,

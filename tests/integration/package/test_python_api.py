@@ -1,24 +1,24 @@
-"""Lineages from Python: every call is a command of its own, and the caller's process stays as it was."""
+"""Lineages from Python: the caller's process stays as it was, and only a training starts another one."""
 
 from __future__ import annotations
 
 import asyncio
-import json
+import logging
 import os
-import sys
-import time
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
+import psutil
 import pytest
 from prefect.settings import get_current_settings
 
-from deal_core.yaml_file import read_yaml
-from deal_pipeline import CommandError, Lineage, command
+from deal_core.errors import ConfigError
+from deal_pipeline import Lineage, frame
+from infra.settings import TrackingSettings
+from infra.tracking.tracker import Tracker
 from tests.adapting import PASS
-from tests.printed import command_of, require_described
 
 SETTINGS = {"train": {"max_steps": 3, "max_prompt_tokens": 96, "checkpoint_steps": 0}, "gate": PASS}
 COLOURS = pd.DataFrame(
@@ -26,102 +26,106 @@ COLOURS = pd.DataFrame(
 )
 
 
-@pytest.fixture(autouse=True)
-def json_of_the_commands_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compare what the commands print with the reference: they run in processes of their own."""
-    run = command.run_command
-
-    def run_checked(arguments: Sequence[str], *others: Any) -> Any:
-        printed = run(arguments, *others)
-        require_described(command_of(arguments), printed)
-        return printed
-
-    monkeypatch.setattr("deal_pipeline.lineage.run_command", run_checked)
-
-
 @pytest.fixture
 def with_server(prefect_api: None) -> dict[str, str]:
-    """The tests' Prefect server: an API of a command's own takes as long to start as all else."""
+    """The tests' Prefect server: an API of a child's own takes as long to start as all else."""
     return {"PREFECT_API_URL": str(get_current_settings().api.url)}
 
 
+@pytest.fixture
+def unchanged() -> Iterator[None]:
+    """Fail a test that changes the environment or the root logger of this process."""
+    before, root = dict(os.environ), logging.getLogger()
+    handlers, level = [*root.handlers], root.level
+    yield
+    assert dict(os.environ) == before
+    assert [*root.handlers] == handlers and root.level == level
+
+
+@pytest.fixture
+def no_child(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Refuse to start a process from now on; `undo` allows it again."""
+
+    def refuse(*arguments: object, **_: object) -> None:
+        raise AssertionError(f"a process was started: {arguments}")
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+    return monkeypatch
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_a_learned_lineage_is_read_moved_and_asked_in_this_process(
+    copied_home: Path, no_child: pytest.MonkeyPatch
+) -> None:
+    """Version 1 has learned a task, version 2 was rejected, and version 3 has learned another task on version 1."""
+
+    async def work() -> None:  # as in a notebook
+        lineage = Lineage("l", home=copied_home, show=None)
+        assert [entry.version for entry in lineage.history()] == ["1", "2", "3"] and lineage.champion == "3"
+        assert [entry.version for entry in lineage.history(newest=1)] == ["3"]
+        assert not lineage.show("2").accepted and lineage.show(3).aliases == ("champion", "challenger")
+        matrix = lineage.matrix()
+        assert frame(matrix).shape == (2, 2) and matrix.tasks == ("bank", "clinic")
+        answers = lineage.predict(["I lost my card.", "My ear hurts."], task="clinic")
+        assert len(answers) == 2 and lineage.predict("My ear hurts.", task="clinic") == answers[1:]
+        assert lineage.answer("My ear hurts.").answer == answers[1], "the newest task is asked"
+        with pytest.raises(ConfigError):
+            lineage.predict("My ear hurts.", task="parcels")
+        again = lineage.evaluate()
+        assert again.accuracies.keys() == {"bank", "clinic"} and again.version == "3"
+        assert again.accuracies == pytest.approx(again.recorded)
+        decision = lineage.rollback(why="a test")
+        assert (decision.version, decision.before, decision.left_behind[0].version) == ("1", "3", "3")
+        assert [move.why for move in lineage.moves()][-1] == "a test" and lineage.champion == "1"
+        assert [arrival.version for arrival in lineage.left_behind()] == ["3"]
+        lineage.reject(3, why="another test")
+        assert lineage.show(3).approval == "refused"
+
+    asyncio.run(work())
+    no_child.undo()
+    registered = Tracker(TrackingSettings(home=copied_home)).models.read("l")
+    assert registered.number_of("champion") == "1", "MLflow follows the champion"
+
+
 @pytest.mark.nightly
+@pytest.mark.usefixtures("unchanged")
 def test_a_table_is_learned_and_answered_from_a_running_event_loop(
     with_server: dict[str, str], home: Path, tiny_base: Path
 ) -> None:
-    before, shown = dict(os.environ), list[str]()
+    shown = list[str]()
 
     async def work() -> None:
         with Lineage("api", home=home, show=shown.append, environment=with_server) as lineage:
             first = lineage.adapt(COLOURS, task="colours", base=str(tiny_base), settings=SETTINGS)
-            assert first.accepted and first.version == "1"
-            assert first.metrics == {"colours": "exact"} and 0 <= first.scores["colours"] <= 1
+            assert first.status == "promoted" and first.version == "1"
+            assert first.metrics == {"colours": "exact"} and 0 <= first.accuracies["colours"] <= 1
             wrong = {"train": {"no_such_setting": 1}}
-            with pytest.raises(CommandError, match="no_such_setting"):
+            with pytest.raises(ConfigError, match="no_such_setting"):
                 lineage.adapt(COLOURS.to_dict("records"), task="colours", settings=wrong)
             assert len(list((home / "tables").iterdir())) == 1, "the refused call's table is removed"
             answers = lineage.predict(["Number 3 is red.", "Number 4 is green."], task="colours")
             assert len(answers) == 2 and all(isinstance(answer, str) for answer in answers)
-            assert lineage.predict("Number 3 is red.", task="colours") == answers[:1]
-            with pytest.raises(CommandError, match="this version knows colours"):
-                lineage.predict("Number 3 is red.", task="sizes")
 
     asyncio.run(work())
-    assert dict(os.environ) == before
     assert any(line.startswith("train") for line in shown), "every stage is told"
 
 
-def test_settings_reach_the_command_whatever_characters_they_hold(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    labels, read = ["\U0001f600 good", "bad\u2028", "caf\u00e9"], list[Any]()
+@pytest.mark.nightly
+@pytest.mark.usefixtures("unchanged")
+def test_a_stopped_call_goes_on_when_it_is_repeated(with_server: dict[str, str], home: Path, tiny_base: Path) -> None:
+    def stop(line: str) -> None:
+        if line.startswith("ingest"):
+            raise KeyboardInterrupt
 
-    def stop(arguments: Sequence[str], *_: object) -> None:
-        read.append(read_yaml(Path(arguments[1])))
-        raise CommandError("seen", 1)
-
-    monkeypatch.setattr("deal_pipeline.lineage.run_command", stop)
-    with pytest.raises(CommandError, match="seen"):
-        Lineage("api", home=home).adapt(tmp_path / "a.csv", task={"name": "mood", "labels": labels})
-    assert read[0]["task"]["labels"] == labels
-
-
-def test_every_message_was_shown_when_the_result_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = "import sys; [print('{\"said\": \"line\"}', file=sys.stderr) for _ in range(100)]; print('[1]')"
-    monkeypatch.setattr(command, "COMMAND", (sys.executable, "-c", said))
-    shown: list[str] = []
-
-    def show(line: str) -> None:
-        time.sleep(0.005)
-        shown.append(line)
-
-    assert command.run_command([], {}, show) == [1]
-    assert shown == ["line"] * 100
-
-
-@pytest.mark.parametrize(
-    ("table", "said"),
-    [
-        (pd.DataFrame({"text": ["a", "b"], "label": [1, "x"]}), "label"),
-        (pd.DataFrame([["a", "b"]], columns=["text", "text"]), "Duplicate column names"),
-        ({"train": None, "test": None}, "is a dict of train, test; give one split of it"),
-    ],
-)
-def test_a_table_that_parquet_cannot_hold_is_an_error_of_the_project(table: Any, said: str, tmp_path: Path) -> None:
-    with pytest.raises(CommandError, match=said):
-        Lineage(home=tmp_path).adapt(table, task="t")
-    assert not list(tmp_path.rglob("*.parquet"))
-
-
-def test_a_relative_file_of_test_rows_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    specs: list[dict[str, Any]] = []
-
-    def run(arguments: Sequence[str], *_: object) -> Any:
-        specs.append(json.loads(Path(arguments[1]).read_text()))
-        raise CommandError("enough", 1)
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("deal_pipeline.lineage.run_command", run)
-    with pytest.raises(CommandError, match="enough"):
-        Lineage(home=tmp_path).adapt("a.csv", task={"name": "t", "test_data": Path("test.csv")})
-    assert specs[0]["task"]["test_data"] == str(tmp_path / "test.csv")
+    rows = home / "colours.csv"
+    COLOURS.to_csv(rows, index=False)
+    with pytest.raises(KeyboardInterrupt):
+        Lineage("api", home=home, show=stop, environment=with_server).adapt(
+            rows, task="colours", base=str(tiny_base), settings=SETTINGS
+        )
+    assert not psutil.Process().children() or not [
+        child for child in psutil.Process().children() if "deal_pipeline.training_child" in child.cmdline()
+    ]
+    lineage = Lineage("api", home=home, show=None, environment=with_server)
+    assert lineage.champion is None
+    assert lineage.adapt(rows, task="colours", base=str(tiny_base), settings=SETTINGS).version == "1"

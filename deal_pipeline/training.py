@@ -1,0 +1,100 @@
+"""What trains: flows with typed arguments, which a command runs in its own process and the Python API in a child.
+
+A training is JSON on its way to the child, and so is its result on the way back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, Field
+
+from tasks.spec import AdaptSpec
+
+
+class _Training(BaseModel, frozen=True, extra="forbid"):
+    """The arguments of a flow that trains."""
+
+
+class Adapt(_Training, frozen=True):
+    """Learn one arrival."""
+
+    kind: Literal["adapt"] = "adapt"
+    spec: AdaptSpec
+    again: bool = False
+
+    def start(self) -> Coroutine[Any, Any, Any]:
+        """Return the flow's coroutine; its result is an `AdaptResult`."""
+        from flows.adapt import adapt
+
+        return adapt(self.spec, again=self.again)
+
+
+class Requeue(_Training, frozen=True):
+    """Learn arrivals again that the champion does not know."""
+
+    kind: Literal["requeue"] = "requeue"
+    lineage: str
+    versions: tuple[str, ...] = ()
+
+    def start(self) -> Coroutine[Any, Any, Any]:
+        """Return the flow's coroutine; its result is a list of `AdaptResult`."""
+        from flows.requeue import requeue
+
+        return requeue(self.lineage, self.versions)
+
+
+class Consolidate(_Training, frozen=True):
+    """Learn what is left of all arrivals together."""
+
+    kind: Literal["consolidate"] = "consolidate"
+    lineage: str
+    origin: Literal["base", "champion"] | None = None
+
+    def start(self) -> Coroutine[Any, Any, Any]:
+        """Return the flow's coroutine; its result is an `AdaptResult`."""
+        from flows.consolidate import consolidate
+
+        return consolidate(self.lineage, self.origin)
+
+
+class Rebase(_Training, frozen=True):
+    """Learn a lineage's arrivals on another base model."""
+
+    kind: Literal["rebase"] = "rebase"
+    lineage: str
+    base: str
+    skip_rejected: bool = False
+    accept_lost: bool = False
+    engines: tuple[str, ...] = ()
+    who: str
+
+    def start(self) -> Coroutine[Any, Any, Any]:
+        """Return the flow's coroutine; its result is a `BranchResult`."""
+        from flows.rebase import rebase
+
+        return rebase(**self.model_dump(exclude={"kind"}))
+
+
+class Relearn(_Training, frozen=True):
+    """Delete an arrival, and make again every version that learned from it."""
+
+    kind: Literal["relearn"] = "relearn"
+    lineage: str
+    named: str
+    reason: str = ""
+    skip_rejected: bool = False
+    stops_serving: bool = False
+    accept_lost: bool = False
+    who: str
+
+    def start(self) -> Coroutine[Any, Any, Any]:
+        """Return the flow's coroutine; its result is a `BranchResult`."""
+        from flows.relearn import relearn
+
+        return relearn(**self.model_dump(exclude={"kind"}))
+
+
+Training: TypeAlias = Adapt | Requeue | Consolidate | Rebase | Relearn
+AnyTraining: TypeAlias = Annotated[Training, Field(discriminator="kind")]
