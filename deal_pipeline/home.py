@@ -7,30 +7,43 @@ import getpass
 import logging
 import os
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import copy_context
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from deal_core.errors import ConfigError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from deal_pipeline.results import CheckedRows, LineageFile
+    from deal_pipeline.server.status import Status
     from deal_pipeline.training import Training
+    from flows.forget import ForgetResult
+    from flows.gc import GcResult
     from infra.settings import Place
     from infra.store.base import ObjectStore
+    from tasks.housekeeping.arrivals import ListedArrival
+    from tasks.housekeeping.forgetting import ForgetPlan
+    from tasks.lineage.settings import LineageWithPause
     from tasks.progress import Reporter
+    from tasks.references import ScoredArrival
+    from tasks.spec import AdaptSpec
 
+SCORED_ROWS = 20_000
+"""Rows of a file from which those are chosen that the champion answers; of more, the first ones."""
+_model = threading.RLock()
+"""Held by whoever uses the base model in memory, which can have one adapter at a time."""
 Result = TypeVar("Result")
 Show = Callable[[str], object]
 
 
-class Runner(Protocol):
-    """Runs a flow in this process, which has entered the home, as a command does."""
-
-    def __call__(self, start: Callable[[], Coroutine[Any, Any, Result]], **options: bool) -> Result:
-        """Run the coroutine that `start` makes. For the options see `run_flow`."""
+Runner = Callable[..., Any]
+"""Runs the coroutine that its first argument makes, in this process, which has entered the home, as a command does."""
 
 
 class _Lines:
@@ -140,18 +153,15 @@ class Home:
         with at_place(self.place), reporting_to(self.reporter):
             yield current_store()
 
-    @contextmanager
-    def importing(self) -> Iterator[None]:
-        """Undo at the end what imports in the block do to the caller's process.
+    def load(self, *modules: str) -> None:
+        """Import modules, and undo what Prefect and MLflow do to a caller's process while they are imported.
 
-        Prefect takes the root logger's handlers. MLflow asks the environment once, while it is imported, whether it may
-        send telemetry and print its log; it may not. The process of a command is its own, and is left as imports make
-        it.
+        Prefect takes the root logger's handlers. MLflow asks the environment once whether it may send telemetry and
+        print its log; it may not. The process of a command is its own, and imports modules where it needs them.
         """
         from infra.settings import QUIET
 
         if self._runner is not None:
-            yield
             return
         root = logging.getLogger()
         handlers, level = root.handlers[:], root.level
@@ -159,7 +169,8 @@ class Home:
         added = {name: value for name, value in quiet.items() if name not in os.environ}
         os.environ.update(added)
         try:
-            yield
+            for module in modules:
+                import_module(module)
         finally:
             for name in added:
                 os.environ.pop(name, None)
@@ -168,29 +179,25 @@ class Home:
     @contextmanager
     def opened_to_move(self) -> Iterator[ObjectStore]:
         """Do what `opened` does, and let Prefect's client use the home's server, if it has one."""
-        with self.importing():
-            from prefect.settings import PREFECT_API_URL, temporary_settings
-
-            import tasks.lineage.promotion  # noqa: F401  # it imports Prefect
         if self._runner is not None:  # the process has the home's variables
             with self.opened() as store:
                 yield store
             return
+        self.load("prefect")
+        from prefect.settings import PREFECT_API_URL, temporary_settings
+
         url = self.place.variables.get("PREFECT_API_URL")
         updates, defaults = ({PREFECT_API_URL: url}, ()) if url else ({}, (PREFECT_API_URL,))
         with self.opened() as store, temporary_settings(updates=updates, restore_defaults=defaults):
             yield store
 
-    def train(
-        self, training: Training, result: type[Result], *, reporter: Reporter | None = None, **options: bool
-    ) -> Result:
+    def train(self, training: Training, *, reporter: Reporter | None = None, **options: Any) -> Any:
         """Run a training to its end and return its result. A call that was stopped goes on when it is repeated.
 
         Args:
             training: What is trained.
-            result: The type of the result.
-            reporter: Gets the stages of a training in a child; None: those who are shown everything.
-            options: Those of `run_flow`, for a command's process.
+            reporter: Gets the stages of a training in a child; None: the home's own.
+            options: Those of a command's runner.
 
         Raises:
             DealError: The error of the training.
@@ -201,17 +208,201 @@ class Home:
 
         from deal_pipeline.training_child import train_in_child
 
-        return TypeAdapter(result).validate_python(train_in_child(training, self.place, reporter or self.reporter))
+        self.load("prefect")  # the types of results are beside the flows
+        result = TypeAdapter(training.result_type())
+        return result.validate_python(train_in_child(training, self.place, reporter or self.reporter))
 
-    def run(self, flow: Any, *arguments: Any, **options: bool) -> Any:
+    def run(self, flow: Any, *arguments: Any, in_prefect: bool = True, **options: Any) -> Any:
         """Run a flow that trains nothing: as a flow run for a command, else as a plain function, without Prefect's API.
 
-        `options` are those of `run_flow`. Errors are the flow's.
+        Args:
+            flow: The flow.
+            arguments: Its arguments.
+            in_prefect: Without it, a command too runs the plain function.
+            options: Those of a command's runner.
+
+        Raises:
+            DealError: The flow's error.
         """
         if self._runner is not None:
-            return self._runner(lambda: flow(*arguments), **options)
-        with self.opened():
+            function = flow if in_prefect else flow.fn
+            return self._runner(lambda: function(*arguments), in_prefect=in_prefect, **options)
+        with self.opened(), self.computing() if options.get("trains") else nullcontext():
             return in_thread(lambda: asyncio.run(flow.fn(*arguments)))
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Hold the model in memory, which can have one adapter at a time. Its libraries show nothing meanwhile."""
+        with _model:
+            if self._runner is not None:
+                from deal_pipeline.server.embedded import calm_libraries
+
+                calm_libraries()
+                yield
+                return
+            from transformers.utils import logging as transformers_logging
+
+            shows = transformers_logging.is_progress_bar_enabled()
+            transformers_logging.disable_progress_bar()
+            try:
+                yield
+            finally:
+                if shows:
+                    transformers_logging.enable_progress_bar()
+
+    # --- what concerns the whole home ---
+
+    def lineages(self) -> list[LineageWithPause]:
+        """Return the settings of the lineages that learn from the inbox, and whether they are paused."""
+        from tasks.lineage.settings import list_lineages, with_pause
+
+        with self.opened() as store:
+            return [with_pause(store, lineage) for lineage in list_lineages(store)]
+
+    def apply(self, spec: str | os.PathLike[str]) -> LineageFile:
+        """Let a lineage learn from the inbox, or change its settings.
+
+        Args:
+            spec: File of the lineage's settings (YAML).
+
+        Raises:
+            ConfigError: A setting is not valid, or there is no such base model.
+        """
+        from deal_core.base_model.sources import check_base
+        from deal_pipeline.results import LineageFile
+        from tasks.lineage.settings import WatchedLineage, add_lineage
+        from tasks.spec import parse, read_lineage_values
+
+        values = read_lineage_values(Path(spec))
+        lineage = parse(WatchedLineage, values, str(spec))
+        if lineage.base_model is not None and (unknown := check_base(lineage.base_model)):
+            self.reporter.said(f"The base model was not checked. {unknown}")
+        with self.opened() as store:
+            return LineageFile(lineage=lineage.lineage, file=add_lineage(store, lineage, values))
+
+    def status(self) -> Status:
+        """Return what runs, waits, failed or is damaged: processes, lineages, and the runs of a Prefect server."""
+        from deal_pipeline.server.status import read_status
+
+        place = self.place
+        is_told_of_a_server = self._runner is None and place.variables.get("PREFECT_API_URL")
+        with self.opened_to_move() if is_told_of_a_server else self.opened():
+            return in_thread(lambda: asyncio.run(read_status(self.folder, place.variables)))
+
+    def arrivals(self) -> list[ListedArrival]:
+        """Return the arrivals by task: their rows, the versions that learned them, and those that are held."""
+        from tasks.housekeeping.arrivals import list_data
+
+        with self.opened() as store:
+            return list_data(store)
+
+    def plan_deletion(self, arrival: str) -> ForgetPlan:
+        """Return what `delete` would remove; change nothing. Arguments and errors are its own."""
+        self.load("prefect")
+        from flows.forget import plan_forget
+
+        with self.opened():
+            return plan_forget(arrival)
+
+    def delete(self, arrival: str, *, reason: str = "") -> ForgetResult:
+        """Remove an arrival's rows from everything that is stored. `Lineage.relearn` makes its versions again too.
+
+        Args:
+            arrival: Name of its file, key inbox/TASK/FILE, or digest of the dataset.
+            reason: Reason for the history. It must not quote any rows.
+
+        Returns:
+            What was removed, with sizes in bytes, and every version that learned from the rows.
+
+        Raises:
+            ConfigError: There is no such arrival, or more than one.
+            StoreError: The store does not answer, or something in it is damaged.
+        """
+        self.load("prefect", "infra.tracking.tracker")
+        from flows.forget import forget
+
+        result: ForgetResult = self.run(forget, arrival, reason, doing="forgetting", makes_room=True)
+        return result
+
+    def collect(self, lineage: str | None = None, *, older_than: str = "30d", dry_run: bool = False) -> GcResult:
+        """Remove what is no longer needed: checkpoints, old rejected adapters, stored training rows, old logs.
+
+        Args:
+            lineage: Only this lineage; None: all.
+            older_than: Minimum age of what is removed: 12h, 30d, 4w.
+            dry_run: Only list what would be removed, with sizes in bytes.
+
+        Raises:
+            ConfigError: The age is none.
+        """
+        self.load("prefect")
+        from flows.gc import gc
+
+        result: GcResult = self.run(gc, lineage, older_than, dry_run, doing="looking", in_prefect=False)
+        return result
+
+    def check(
+        self,
+        spec: AdaptSpec,
+        task_file: Path | None = None,
+        *,
+        with_model: bool = False,
+        score: bool = True,
+        plan: bool = False,
+        device: str | None = None,
+        probe: bool = True,
+    ) -> CheckedRows:
+        """Check the rows of a spec as a training would. Nothing is stored, and no weights are fetched.
+
+        Args:
+            spec: The spec.
+            task_file: The task.yaml whose settings are in the spec, if any.
+            with_model: Let the base model look for wrong labels too; this takes time.
+            score: Let the champion answer the rows, if it knows the task; this takes time.
+            plan: Say what a training takes: memory in bytes, steps, and seconds.
+            device: With `plan`: other devices, as "1x A100 80GB" or "cpu 16GB"; None: what is free here.
+            probe: With `plan`: time three steps, if the base model is here.
+
+        Raises:
+            ConfigError: A setting cannot be used.
+            DataValidationError: The file cannot be read.
+        """
+        from deal_pipeline.results import CheckedRows
+        from tasks.validate import validate
+
+        first_rows: list[pa.RecordBatch] = []
+
+        def keep(batch: pa.RecordBatch) -> None:
+            if sum(map(len, first_rows)) < SCORED_ROWS:
+                first_rows.append(batch)
+
+        with self.opened():
+            data = validate(
+                spec,
+                task_file,
+                with_model=with_model,
+                on_progress=lambda done: self.reporter.advanced("checking", done, None),
+                on_model=lambda done, total: self.reporter.advanced("labels", done, total),
+                on_rows=keep,
+            )
+            arrival = self._score(spec, first_rows) if score and data.accepted else None
+            if not plan or not data.accepted:
+                return CheckedRows(data=data, plan=None, arrival=arrival)
+            with self.computing():
+                from tasks.planning import plan as plan_training
+
+                planned = plan_training(spec, device=device, probe=probe, on_progress=self.reporter.stage_started)
+            return CheckedRows(data=data, plan=planned, arrival=arrival)
+
+    def _score(self, spec: AdaptSpec, rows: Sequence[pa.RecordBatch]) -> ScoredArrival | None:
+        """Let the champion answer the rows, if it knows their task and its base model is here."""
+        from tasks.arrival_check import find_landed, score_rows
+
+        landed = find_landed(spec, rows)
+        if landed is None:
+            return None
+        with self.computing():
+            return score_rows(landed)
 
 
 def in_thread(call: Callable[[], Result]) -> Result:

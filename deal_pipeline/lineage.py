@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -17,18 +17,24 @@ from deal_pipeline.tables import Rows, as_file, as_texts
 
 if TYPE_CHECKING:
     from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
+    from deal_pipeline.results import ChampionAt, CheckedRows, LineageFile, ReleasedArrivals, ShownVersion
     from flows.adapt import AdaptResult
+    from flows.branch import BranchPlan, BranchResult
     from flows.champions import EvaluateResult
+    from flows.relearn import RelearnPlan
+    from infra.branches import KnownBranch
     from infra.promotions import Decision, LeftBehind, Move
     from tasks.arrivals import HeldArrival
+    from tasks.lineage.consolidation import ConsolidationPlan, Start
     from tasks.lineage.history import HistoryEntry
-    from tasks.lineage.reports import WrittenReport
+    from tasks.lineage.requests import LabelsResult, RenewalResult
+    from tasks.lineage.settings import LineageWithPause
+    from tasks.monitoring.rollout import RolloutLook
     from tasks.predict import Answer, FileAnswers, OnProgress
     from tasks.progress import Reporter
+    from tasks.serving.export import Exported, Target
+    from tasks.serving.publish import Published
     from tasks.spec import AdaptSpec
-
-_model = threading.RLock()
-"""Held while the base model in memory has an adapter: it can have one at a time."""
 
 
 class Lineage:
@@ -141,10 +147,45 @@ class Lineage:
         """Learn the arrival of a spec as `adapt` does; `reporter` gets the stages in place of the home's `show`."""
         from deal_pipeline.training import Adapt
 
-        with self.home.importing():
-            from flows.adapt import AdaptResult
+        result: AdaptResult = self.home.train(Adapt(spec=spec, again=force), reporter=reporter, trains=True)
+        return result
 
-        return self.home.train(Adapt(spec=spec, again=force), AdaptResult, reporter=reporter, trains=True)
+    def check(
+        self,
+        data: Rows,
+        *,
+        task: str | Mapping[str, Any],
+        test_data: Rows | None = None,
+        settings: Mapping[str, Any] | None = None,
+        with_model: bool = False,
+        score: bool = True,
+        plan: bool = False,
+    ) -> CheckedRows:
+        """Check rows as `adapt` would, in this process. Nothing is stored, and no weights are fetched.
+
+        Args:
+            data: The rows, as for `adapt`; so are task, test_data and settings.
+            task: The task.
+            test_data: Rows to judge the task by.
+            settings: Other sections of a spec.
+            with_model: Let the base model look for wrong labels too; this takes time.
+            score: Let the champion answer the rows, if it knows the task.
+            plan: Say what a training takes: memory in bytes, steps, and seconds, if the base model is here.
+
+        Raises:
+            ConfigError: An argument cannot be used.
+            DataValidationError: The file cannot be read.
+        """
+        from tasks.lineage.settings import spec_from_values
+
+        with tempfile.TemporaryDirectory(prefix="deal-") as folder:
+            arrival: dict[str, Any] = {"name": task} if isinstance(task, str) else dict(task)
+            arrival["data"] = as_file(data, Path(folder), [])
+            if test_data is not None:
+                arrival["test_data"] = as_file(test_data, Path(folder), [])
+            with self.home.opened() as store:
+                spec = spec_from_values(store, {**(settings or {}), "task": arrival}, lineage=self.name)
+            return self.home.check(spec, with_model=with_model, score=score, plan=plan)
 
     def left_behind(self) -> tuple[LeftBehind, ...]:
         """Return the accepted arrivals that the champion has not learned, oldest first.
@@ -168,10 +209,8 @@ class Lineage:
         """
         from deal_pipeline.training import Requeue
 
-        with self.home.importing():
-            from flows.adapt import AdaptResult
-
-        return self.home.train(Requeue(lineage=self.name, versions=tuple(map(str, versions))), list[AdaptResult])
+        results: list[AdaptResult] = self.home.train(Requeue(lineage=self.name, versions=tuple(map(str, versions))))
+        return results
 
     # --- look ---
 
@@ -185,10 +224,11 @@ class Lineage:
             RegistryError: There is no such version, or no champion.
             IntegrityError: The version's adapter is damaged.
         """
-        with self.home.importing():
-            from flows.champions import evaluate
-        with _model:
-            return self.home.run(evaluate, self.name, None if version is None else str(version), trains=True)
+        self.home.load("prefect")
+        from flows.champions import evaluate
+
+        scores: EvaluateResult = self.home.run(evaluate, self.name, _number(version), trains=True)
+        return scores
 
     def history(self, newest: int | None = None) -> list[HistoryEntry]:
         """Return the versions, oldest first: what each learned, scores (0 to 1), the gate's decision, aliases.
@@ -197,9 +237,10 @@ class Lineage:
             newest: Only so many of the newest; None: all.
 
         Returns:
-            One entry for each version; empty if the lineage has none.
+            One entry for each version; none if the first arrival is held.
 
         Raises:
+            NoVersionError: The lineage has neither a version nor a held arrival.
             StoreError: The store does not answer, or a version is damaged.
         """
         from tasks.lineage import history
@@ -208,6 +249,8 @@ class Lineage:
             try:
                 return history.read_history(self.name, newest)
             except history.NoVersionError:
+                if not self.held():
+                    raise
                 return []
 
     @property
@@ -219,32 +262,31 @@ class Lineage:
             version = Versions(store).champion(self.name)
         return version.version if version else None
 
-    def show(self, version: str | int) -> HistoryEntry:
+    def show(
+        self, version: str | int, *, report: bool = False, out: str | os.PathLike[str] | None = None
+    ) -> ShownVersion:
         """Return what a version learned, its scores (0 to 1), and what the gate decided.
 
-        Raises:
-            RegistryError: There is no such version.
-        """
-        from tasks.lineage.history import no_version, read_history
-
-        with self.home.opened():
-            entry = next((entry for entry in read_history(self.name) if entry.version == str(version)), None)
-        if entry is None:
-            raise no_version(self.name, str(version))
-        return entry
-
-    def report(self, version: str | int, file: str | os.PathLike[str] | None = None) -> WrittenReport:
-        """Write a version's page as HTML; None: into the home's folder `reports`. A present file is replaced.
+        Args:
+            version: Its number.
+            report: Also write its page, an HTML file. A present file is replaced.
+            out: The file of the page; None: one in the home's folder `reports`.
 
         Raises:
             RegistryError: There is no such version, or it has no report.
             ConfigError: The file cannot be written.
         """
+        from deal_pipeline.results import ShownVersion
+        from tasks.lineage.history import no_version, read_history
         from tasks.lineage.reports import save_report
 
+        number = str(version)
         with self.home.opened():
-            place = self.home.folder / "reports" / f"{self.name}-{version}.html" if file is None else Path(file)
-            return save_report(self.name, str(version), place)
+            entry = next((entry for entry in read_history(self.name) if entry.version == number), None)
+            if entry is None:
+                raise no_version(self.name, number)
+            file = self.home.folder / "reports" / f"{self.name}-{number}.html" if out is None else Path(out)
+            return ShownVersion(version=entry, page=save_report(self.name, number, file) if report else None)
 
     def matrix(self) -> AccuracyMatrix:
         """Return the accuracy matrix up to the champion: one row for each version, one column for each task.
@@ -268,12 +310,13 @@ class Lineage:
         with self.home.opened() as store:
             return tuple(PromotionLog(store).moves(self.name))
 
-    def champion_at(self, when: datetime) -> str | None:
-        """Return the number of the version that was champion at a time with a zone; None: none was."""
+    def champion_at(self, when: datetime) -> ChampionAt:
+        """Return the number of the version that was champion at a time, which has a zone."""
+        from deal_pipeline.results import ChampionAt
         from infra.promotions import PromotionLog
 
         with self.home.opened() as store:
-            return PromotionLog(store).champion_at(self.name, when)
+            return ChampionAt(at=when.isoformat(), champion=PromotionLog(store).champion_at(self.name, when))
 
     def held(self) -> tuple[HeldArrival, ...]:
         """Return the arrivals that are held: their run was cancelled, or their labels disagree with the champion."""
@@ -282,6 +325,76 @@ class Lineage:
 
         with self.home.opened() as store:
             return held_arrivals(read_state(store, self.name))
+
+    def release(self, *arrivals: str) -> ReleasedArrivals:
+        """Let held arrivals go on; without names, all of them.
+
+        Args:
+            arrivals: Names as inbox/TASK/FILE, or paths.
+
+        Raises:
+            ConfigError: A named arrival is not held (code "not-held").
+        """
+        from deal_pipeline.results import ReleasedArrivals
+        from tasks.arrivals import release
+
+        with self.home.opened() as store:
+            return ReleasedArrivals(lineage=self.name, released=release(store, self.name, arrivals))
+
+    def settings(self) -> LineageWithPause:
+        """Return the lineage's settings: those of its file, and the defaults of all others.
+
+        Raises:
+            ConfigError: It does not learn from the inbox, or a setting is not valid.
+        """
+        from tasks.lineage.settings import read_lineage, with_pause
+
+        with self.home.opened() as store:
+            return with_pause(store, read_lineage(store, self.name))
+
+    def pause(self, why: str = "by command") -> LineageWithPause:
+        """Pause the lineage: a running training finishes, and new files wait until `resume`.
+
+        Raises:
+            ConfigError: The lineage has no valid file, or learns nothing anyway.
+        """
+        return self._paused(why)
+
+    def resume(self) -> LineageWithPause:
+        """Let the paused lineage learn again, also what landed meanwhile. Errors are those of `pause`."""
+        return self._paused(None)
+
+    def _paused(self, why: str | None) -> LineageWithPause:
+        from tasks.lineage.settings import pause_lineage
+
+        with self.home.opened() as store:
+            return pause_lineage(store, self.name, why)
+
+    def remove_settings(self) -> LineageFile:
+        """Let the lineage learn no longer from the inbox, by deleting its file of settings. Its versions stay.
+
+        Raises:
+            ConfigError: There is no file, or it is the only one.
+        """
+        from deal_pipeline.results import LineageFile
+        from tasks.lineage.settings import remove_lineage
+
+        with self.home.opened() as store:
+            return LineageFile(lineage=self.name, file=remove_lineage(store, self.name))
+
+    def add_labels(self, task: str, labels: Sequence[str]) -> LabelsResult:
+        """Let a task's next arrivals use more labels. For errors see `tasks.lineage.requests.add_labels`."""
+        from tasks.lineage.requests import add_labels
+
+        with self.home.opened():
+            return add_labels(self.name, task, labels)
+
+    def renew_tests(self, task: str) -> RenewalResult:
+        """Let a task's next arrival bring new test rows. For errors see `tasks.lineage.requests.renew_tests`."""
+        from tasks.lineage.requests import renew_tests
+
+        with self.home.opened():
+            return renew_tests(self.name, task)
 
     # --- answer ---
 
@@ -303,8 +416,8 @@ class Lineage:
             RegistryError: There is no champion, or no such version.
         """
         require(task, str | None, "the argument task", "the name of a task")
-        asked, number = as_texts(texts), None if version is None else str(version)
-        with self.home.opened(), self._answering():
+        asked, number = as_texts(texts), _number(version)
+        with self.home.opened(), self.home.computing():
             from tasks.predict import predict_texts
 
             return predict_texts(asked, lineage=self.name, task=task, version=number)
@@ -314,10 +427,10 @@ class Lineage:
 
         Arguments and errors are those of `predict`.
         """
-        with self.home.opened(), self._answering():
+        with self.home.opened(), self.home.computing():
             from tasks.predict import predict
 
-            return predict(text, lineage=self.name, task=task, version=None if version is None else str(version))
+            return predict(text, lineage=self.name, task=task, version=_number(version))
 
     def predict_file(
         self,
@@ -344,14 +457,14 @@ class Lineage:
             DataValidationError: The file cannot be read.
             RegistryError: There is no champion, or no such version.
         """
-        with self.home.opened(), self._answering():
+        with self.home.opened(), self.home.computing():
             from tasks.predict import predict_file
 
             return predict_file(
                 Path(data),
                 lineage=self.name,
                 task=task,
-                version=None if version is None else str(version),
+                version=_number(version),
                 out=None if out is None else Path(out),
                 column=column,
                 on_progress=on_progress,
@@ -360,7 +473,7 @@ class Lineage:
     def close(self) -> None:
         """Free the memory of the base model that answers. The next answer loads it again."""
         if "tasks.base" in sys.modules:
-            with _model:
+            with self.home.computing():
                 sys.modules["tasks.base"].release_base()
 
     # --- decide ---
@@ -397,7 +510,7 @@ class Lineage:
         with self.home.opened_to_move():
             from tasks.lineage.promotion import roll_back
 
-            decision = roll_back(self.name, None if version is None else str(version), who=self.home.who, why=why)
+            decision = roll_back(self.name, _number(version), who=self.home.who, why=why)
         return self._decided(decision, tells)
 
     def reject(self, version: str | int, *, why: str, tells: bool = True) -> Decision:
@@ -412,36 +525,274 @@ class Lineage:
             decision = reject_version(self.name, str(version), who=self.home.who, why=why)
         return self._decided(decision, tells)
 
+    def rollout(self, *, apply: bool = False, tells: bool = True) -> RolloutLook:
+        """Compare the version that is tried on live traffic with the champion.
+
+        Args:
+            apply: Promote or reject the version if the figures say so.
+            tells: As for `promote`.
+
+        Raises:
+            RegistryError: The champion has changed meanwhile, or the version cannot become champion.
+        """
+        if not apply:
+            from tasks.monitoring.rollout import RolloutLook, look_at_rollout
+
+            with self.home.opened():
+                return RolloutLook(status=look_at_rollout(self.name))
+        with self.home.opened_to_move():
+            from flows.champions import check_rollout
+
+            look = check_rollout(self.name)
+        if look.decision is not None:
+            self._decided(look.decision, tells)
+        return look
+
+    def finish_rollout(self, *, why: str = "rollout finished by hand", tells: bool = True) -> Decision:
+        """Make the version that is tried on live traffic the champion, whatever the figures say.
+
+        For the arguments see `promote`.
+
+        Raises:
+            RegistryError: No version is tried, or it cannot become champion.
+        """
+        with self.home.opened_to_move():
+            from flows.champions import finish_rollout
+
+            decision = finish_rollout(self.name, who=self.home.who, why=why)
+        return self._decided(decision, tells)
+
+    def abort_rollout(self, *, why: str = "rollout aborted by hand", tells: bool = True) -> Decision:
+        """Reject the version that is tried on live traffic: it can never become champion.
+
+        For the arguments see `promote`.
+
+        Raises:
+            RegistryError: No version is tried.
+        """
+        with self.home.opened_to_move():
+            from flows.champions import abort_rollout
+
+            decision = abort_rollout(self.name, who=self.home.who, why=why)
+        return self._decided(decision, tells)
+
     def tell(self, decision: Decision) -> str:
         """Tell Prefect, the webhook and MLflow of a decision, which holds all the same. No error is raised.
 
         Returns:
             What could not be told, in one line; empty if all was told.
         """
-        with self.home.importing():
-            import infra.tracking.tracker  # noqa: F401  # MLflow
-            from flows.promote import tell_once
+        self.home.load("prefect", "infra.tracking.tracker")
+        from flows.promote import tell_once
+
         with self.home.opened_to_move():
             return in_thread(lambda: tell_once(decision))
+
+    # --- give away ---
+
+    def export(self, version: str | int, *, to: Target, out: str | os.PathLike[str]) -> Exported:
+        """Export a version for other programs, and compare its logits with those of the served version.
+
+        Args:
+            version: Its number.
+            to: merged: a transformers folder. peft: the PEFT folder, without rows. hub: the same, on the Hub.
+            out: The new folder; for hub the repository OWNER/NAME.
+
+        Raises:
+            ConfigError: The target is not free or no valid name, or the base model is quantized.
+            IntegrityError: The export answers otherwise than the served version; nothing was written.
+            RegistryError: The version may not leave: it was rejected, waits for a person, or learned from deleted rows.
+        """
+        with self.home.opened(), self.home.computing():
+            from tasks.serving.export import export_version
+
+            return export_version(self.name, str(version), to, os.fspath(out))
+
+    def publish(
+        self, version: str | int | None, folder: str | os.PathLike[str], *, base_model: str | None = None
+    ) -> Published:
+        """Write a version (None: the champion) into a folder of adapters that vLLM's filesystem resolver reads.
+
+        Args:
+            version: Its number.
+            folder: The servers' folder of adapters, as this machine sees it.
+            base_model: The model that `vllm serve` was started with, word for word; None: the Hub id of the lineage's
+                base model, or its folder.
+
+        Raises:
+            ConfigError: The servers cannot load such an adapter, or the folder has another one under the name.
+            RegistryError: There is no such version, or it may not leave.
+        """
+        from infra.settings import EngineSettings
+        from tasks.serving.publish import publish
+
+        with self.home.opened():
+            return publish(self.name, Path(folder), EngineSettings(), version=_number(version), model=base_model)
+
+    # --- make versions again ---
+
+    def plan_consolidation(self, start: Start | None = None) -> ConsolidationPlan:
+        """Return what `consolidate` would learn; change nothing. Arguments and errors are its own."""
+        self.home.load("prefect")
+        from flows.consolidate import plan
+
+        with self.home.opened():
+            return plan(self.name, start)
+
+    def consolidate(self, start: Start | None = None) -> AdaptResult:
+        """Learn what is left of all arrivals together, as one version that the gate judges against the champion.
+
+        The training runs in a process of its own, as that of `adapt`.
+
+        Args:
+            start: Start from the "base" model or the "champion"; None: as the lineage's file says.
+
+        Raises:
+            ConfigError: The lineage cannot be consolidated.
+            RegistryError: It has no champion.
+        """
+        from deal_pipeline.training import Consolidate
+
+        result: AdaptResult = self.home.train(Consolidate(lineage=self.name, origin=start), trains=True)
+        return result
+
+    def plan_rebase(self, base: str) -> BranchPlan:
+        """Return what `rebase` would learn and lose; change nothing. Arguments and errors are its own."""
+        from tasks.spec import resolve_base
+
+        self.home.load("prefect")
+        from flows.rebase import plan_rebase
+
+        with self.home.opened():
+            return plan_rebase(self.name, resolve_base(base, Path.cwd()), who=self.home.who)
+
+    def rebase(
+        self, base: str, *, skip_rejected: bool = False, accept_lost: bool = False, engines: Sequence[str] = ()
+    ) -> BranchResult:
+        """Learn the arrivals again on another base model, and make the result champion if no task is worse.
+
+        The trainings run in a process of their own. A call that was stopped goes on when it is repeated.
+
+        Args:
+            base: The new base model: Hub id, folder or GGUF file.
+            skip_rejected: Go on without an arrival whose new version its gate rejects.
+            accept_lost: Go on although arrivals cannot be learned again.
+            engines: Addresses of vLLM servers. The swap waits until one of them has the new base model.
+
+        Raises:
+            ConfigError: It is the base model of today, or arrivals would be lost.
+            RegistryError: The lineage cannot begin a branch now, or a person has moved its champion since.
+        """
+        from deal_pipeline.training import Rebase
+        from tasks.spec import refuse_secrets, resolve_base
+
+        for url in engines:
+            refuse_secrets(url)
+        result: BranchResult = self.home.train(
+            Rebase(
+                lineage=self.name,
+                base=resolve_base(base, Path.cwd()),
+                skip_rejected=skip_rejected,
+                accept_lost=accept_lost,
+                engines=tuple(engines),
+                who=self.home.who,
+            ),
+            doing="looking",
+            trains=True,
+        )
+        return result
+
+    def plan_relearn(self, arrival: str, *, stops_serving: bool = False) -> RelearnPlan:
+        """Return what `relearn` would remove, learn and lose; change nothing. Arguments and errors are its own."""
+        self.home.load("prefect")
+        from flows.relearn import plan_relearn
+
+        with self.home.opened():
+            return plan_relearn(self.name, arrival, stops_serving=stops_serving, who=self.home.who)
+
+    def relearn(
+        self,
+        arrival: str,
+        *,
+        reason: str = "",
+        skip_rejected: bool = False,
+        stops_serving: bool = False,
+        accept_lost: bool = False,
+    ) -> BranchResult:
+        """Delete an arrival, and make every version that learned from it again, as if it had never landed.
+
+        The trainings run in a process of their own. A call that was stopped goes on when it is repeated.
+
+        Args:
+            arrival: Name of its file, key inbox/TASK/FILE, or digest of the dataset.
+            reason: Reason for the history. It must not quote any rows.
+            skip_rejected: Go on without an arrival whose new version its gate rejects.
+            stops_serving: Let no version serve until the new ones do.
+            accept_lost: Go on although arrivals cannot be learned again.
+
+        Raises:
+            ConfigError: There is no such arrival, or nothing would be left to serve.
+            RegistryError: The lineage cannot begin a branch now.
+        """
+        from deal_pipeline.training import Relearn
+
+        result: BranchResult = self.home.train(
+            Relearn(
+                lineage=self.name,
+                named=arrival,
+                reason=reason,
+                skip_rejected=skip_rejected,
+                stops_serving=stops_serving,
+                accept_lost=accept_lost,
+                who=self.home.who,
+            ),
+            doing="looking",
+            trains=True,
+        )
+        return result
+
+    def branches(self) -> tuple[KnownBranch, ...]:
+        """Return what was made again, oldest first, with the attestations of deleted rows."""
+        from infra.branches import Branches
+
+        with self.home.opened() as store:
+            return tuple(Branches(store).all(self.name))
+
+    def accept_branch(self, *, why: str) -> BranchResult:
+        """Go on with an open branch of `relearn` although its result is worse than the champion, and swap it in.
+
+        Raises:
+            RegistryError: The lineage has no such branch.
+        """
+        from deal_pipeline.training import Relearn
+        from tasks.lineage.branch import accept_result
+
+        with self.home.opened() as store:
+            named = accept_result(store, self.name, who=self.home.who, why=why)
+        # The result may have been made with --skip-rejected. Another result would be judged anew.
+        training = Relearn(lineage=self.name, named=named, skip_rejected=True, who=self.home.who)
+        result: BranchResult = self.home.train(training, doing="ending", trains=True)
+        return result
+
+    def give_up_branch(self) -> KnownBranch:
+        """End the open branch: its champion of before stays. Rows that it has deleted stay deleted.
+
+        Raises:
+            RegistryError: The lineage has no open branch.
+        """
+        from deal_pipeline.training import GiveUp
+
+        known: KnownBranch = self.home.train(GiveUp(lineage=self.name, who=self.home.who), doing="ending")
+        return known
 
     def _decided(self, decision: Decision, tells: bool) -> Decision:
         if tells and (remark := self.tell(decision)):
             self.home.reporter.said(remark)
         return decision
 
-    @contextmanager
-    def _answering(self) -> Iterator[None]:
-        """Hold the base model; its libraries show nothing of their own meanwhile."""
-        from transformers.utils import logging as transformers_logging
 
-        shows = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()
-        try:
-            with _model:
-                yield
-        finally:
-            if shows:
-                transformers_logging.enable_progress_bar()
+def _number(version: str | int | None) -> str | None:
+    return None if version is None else str(version)
 
 
 class _Learned:

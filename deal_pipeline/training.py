@@ -25,10 +25,16 @@ class Adapt(_Training, frozen=True):
     again: bool = False
 
     def start(self) -> Coroutine[Any, Any, Any]:
-        """Return the flow's coroutine; its result is an `AdaptResult`."""
+        """Return the flow's coroutine."""
         from flows.adapt import adapt
 
         return adapt(self.spec, again=self.again)
+
+    def result_type(self) -> Any:
+        """Return the type of the result."""
+        from flows.adapt import AdaptResult
+
+        return AdaptResult
 
 
 class Requeue(_Training, frozen=True):
@@ -39,10 +45,16 @@ class Requeue(_Training, frozen=True):
     versions: tuple[str, ...] = ()
 
     def start(self) -> Coroutine[Any, Any, Any]:
-        """Return the flow's coroutine; its result is a list of `AdaptResult`."""
+        """Return the flow's coroutine."""
         from flows.requeue import requeue
 
         return requeue(self.lineage, self.versions)
+
+    def result_type(self) -> Any:
+        """Return the type of the result."""
+        from flows.adapt import AdaptResult
+
+        return list[AdaptResult]
 
 
 class Consolidate(_Training, frozen=True):
@@ -53,10 +65,16 @@ class Consolidate(_Training, frozen=True):
     origin: Literal["base", "champion"] | None = None
 
     def start(self) -> Coroutine[Any, Any, Any]:
-        """Return the flow's coroutine; its result is an `AdaptResult`."""
+        """Return the flow's coroutine."""
         from flows.consolidate import consolidate
 
         return consolidate(self.lineage, self.origin)
+
+    def result_type(self) -> Any:
+        """Return the type of the result."""
+        from flows.adapt import AdaptResult
+
+        return AdaptResult
 
 
 class Rebase(_Training, frozen=True):
@@ -71,10 +89,16 @@ class Rebase(_Training, frozen=True):
     who: str
 
     def start(self) -> Coroutine[Any, Any, Any]:
-        """Return the flow's coroutine; its result is a `BranchResult`."""
+        """Return the flow's coroutine."""
         from flows.rebase import rebase
 
         return rebase(**self.model_dump(exclude={"kind"}))
+
+    def result_type(self) -> Any:
+        """Return the type of the result."""
+        from flows.branch import BranchResult
+
+        return BranchResult
 
 
 class Relearn(_Training, frozen=True):
@@ -90,11 +114,37 @@ class Relearn(_Training, frozen=True):
     who: str
 
     def start(self) -> Coroutine[Any, Any, Any]:
-        """Return the flow's coroutine; its result is a `BranchResult`."""
+        """Return the flow's coroutine."""
         from flows.relearn import relearn
 
         return relearn(**self.model_dump(exclude={"kind"}))
 
+    def result_type(self) -> Any:
+        """Return the type of the result."""
+        from flows.branch import BranchResult
 
-Training: TypeAlias = Adapt | Requeue | Consolidate | Rebase | Relearn
+        return BranchResult
+
+
+class GiveUp(_Training, frozen=True):
+    """End an open branch. It trains nothing, but its flow calls another flow, which needs Prefect's API."""
+
+    kind: Literal["give-up"] = "give-up"
+    lineage: str
+    who: str
+
+    def start(self) -> Coroutine[Any, Any, Any]:
+        """Return the flow's coroutine."""
+        from flows.branch import give_up
+
+        return give_up(self.lineage, self.who)
+
+    def result_type(self) -> Any:
+        """Return the type of the result."""
+        from infra.branches import KnownBranch
+
+        return KnownBranch
+
+
+Training: TypeAlias = Adapt | Requeue | Consolidate | Rebase | Relearn | GiveUp
 AnyTraining: TypeAlias = Annotated[Training, Field(discriminator="kind")]

@@ -13,7 +13,7 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from deal_core.errors import ConfigError, RegistryError
-from deal_pipeline.cli.session import Column, CommandResult, Events, Lineage, Session, command, main_app
+from deal_pipeline.cli.session import Column, CommandResult, Events, LineageOption, Session, command, main_app
 
 if TYPE_CHECKING:
     from tasks.predict import Answer, FileAnswers
@@ -29,7 +29,7 @@ def predict(
         Path | None, Option("--data", "-d", help="File whose rows are answered: CSV, JSON lines or Parquet.")
     ] = None,
     task: Annotated[str | None, Option("--task", "-t", help="Task to ask.", show_default="the newest one")] = None,
-    lineage: Lineage = "",
+    lineage: LineageOption = "",
     version: Version = None,
     out: Annotated[
         Path | None, Option("--out", "-o", help="With --data: .jsonl or .parquet.", show_default="next to the file")
@@ -44,20 +44,15 @@ def predict(
     if text == "-":
         text = typer.get_text_stream("stdin").read().strip()
     with deal.screen.working("reading" if text is None else "predicting"):
-        from deal_pipeline.server.embedded import calm_libraries
-        from tasks.predict import predict as predict_answer
-        from tasks.predict import predict_file
-
-        calm_libraries()
+        asked = deal.lineage(lineage)
         if text is not None:
-            answer = predict_answer(text, lineage=lineage, task=task, version=version)
+            answer = asked.answer(text, task=task, version=version)
             if answer.problem:
                 deal.screen.said(answer.problem)
             return CommandResult(answer, [escape(answer.answer)])
         assert data is not None
-        outcome = predict_file(
+        outcome = asked.predict_file(
             data,
-            lineage=lineage,
             task=task,
             version=version,
             out=out,
@@ -110,7 +105,7 @@ class ServingMessage:
 )
 def serve(
     deal: Session,
-    lineage: Lineage = "",
+    lineage: LineageOption = "",
     engine: Annotated[
         list[str] | None,
         Option(

@@ -20,17 +20,13 @@ from deal_pipeline.cli.console import heading, home_option, new_table, show_cont
 from deal_pipeline.cli.session import CommandResult, Session, Settings, SpecLineage, command, main_app
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
+    from deal_pipeline.results import CheckedRows
     from tasks.planning import PlanResult
     from tasks.references import ScoredArrival
-    from tasks.spec import AdaptSpec
     from tasks.validate import ShownRow, ValidateResult
 
 _SHOWN_CHARS = 1000
 _SHOWN_LABELS = 20
-_SCORED_ROWS = 20_000
-"""Rows of a file from which those are chosen that the champion answers; of more, the first ones."""
 _SPEC = """\
 # yaml-language-server: $schema={schema}
 # Check it with `deal check {out} --plan`, learn it with `deal adapt {out}`.
@@ -52,18 +48,6 @@ class NewSpec:
     """Path of the spec; None: the rows are refused, and no spec was written."""
     data: ValidateResult
     """The checks of the rows."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckedRows:
-    """Checked rows, and what a run with them takes."""
-
-    data: ValidateResult
-    """The checks of the rows."""
-    plan: PlanResult | None
-    """What a run takes; None: --plan was not given, or the rows are refused."""
-    arrival: ScoredArrival | None = None
-    """What the champion answers to the training rows; None: it does not know the task, or --no-score was given."""
 
 
 @command(
@@ -181,58 +165,19 @@ def check(
     if plan and file is not None and spec is None and task is None:
         raise ConfigError("--plan needs the task: give --task NAME, or a spec.")
     with deal.screen.working("checking"):
-        from tasks.validate import spec_to_check, validate
+        from tasks.validate import spec_to_check
 
         asked, task_file = spec_to_check(
             file, spec=spec, task=task, lineage=lineage, test_data=test_data, settings=settings or ()
         )
-        rows: list[pa.RecordBatch] = []
-
-        def keep(batch: pa.RecordBatch) -> None:
-            if sum(map(len, rows)) < _SCORED_ROWS:
-                rows.append(batch)
-
-        data = validate(
-            asked,
-            task_file,
-            with_model=with_model,
-            on_progress=lambda done: deal.screen.advanced("checking", done, None),
-            on_model=lambda done, total: deal.screen.advanced("labels", done, total),
-            on_rows=keep,
+        checked = deal.service.check(
+            asked, task_file, with_model=with_model, score=score, plan=plan, device=device, probe=probe
         )
-        arrival = _score_arrival(deal, asked, rows) if score and data.accepted else None
-        shown = [*show_validation(data), *(show_arrival(arrival) if arrival else [])]
-        if not plan or not data.accepted:
-            checked = CheckedRows(data=data, plan=None, arrival=arrival)
-            return CommandResult(checked, shown, failed=not data.accepted)
-        from deal_pipeline.server.embedded import calm_libraries
-        from tasks.planning import plan as plan_run
-
-        calm_libraries()
-        planned = plan_run(
-            asked,
-            device=device,
-            probe=probe,
-            on_progress=deal.screen.stage_started,
-        )
-    shown += [heading("What a run takes"), *_show_plan(planned)]
-    return CommandResult(CheckedRows(data=data, plan=planned, arrival=arrival), shown, failed=planned.refused)
-
-
-def _score_arrival(deal: Session, asked: AdaptSpec, rows: Sequence[pa.RecordBatch]) -> ScoredArrival | None:
-    """Let the champion answer the rows, if it knows their task and its base model is here."""
-    from tasks.arrival_check import find_landed, score_rows
-
-    arrival = find_landed(asked, rows)
-    if arrival is None:
-        return None
-    import tasks.scorer  # noqa: F401 - torch loads slowly
-    from deal_pipeline.server.embedded import calm_libraries
-    from tasks.progress import reporting_to
-
-    calm_libraries()
-    with reporting_to(deal.screen):
-        return score_rows(arrival)
+    shown = [*show_validation(checked.data), *(show_arrival(checked.arrival) if checked.arrival else [])]
+    if checked.plan is None:
+        return CommandResult(checked, shown, failed=not checked.data.accepted)
+    shown += [heading("What a run takes"), *_show_plan(checked.plan)]
+    return CommandResult(checked, shown, failed=checked.plan.refused)
 
 
 def show_arrival(arrival: ScoredArrival) -> Sequence[RenderableType]:

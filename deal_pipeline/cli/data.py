@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,9 +16,10 @@ from typer import Argument, Option
 from deal_core.errors import ConfigError
 from deal_pipeline.cli.branch import AcceptLost, SkipRejected, show_branch_plan, show_compared, show_made
 from deal_pipeline.cli.console import heading, new_table
-from deal_pipeline.cli.session import CommandResult, Lineage, Session, command, reason_option
+from deal_pipeline.cli.session import CommandResult, LineageOption, Session, command, reason_option
 
 if TYPE_CHECKING:
+    from deal_pipeline.results import ReleasedArrivals
     from flows.branch import BranchResult
     from flows.forget import ForgetResult
     from flows.gc import GcResult
@@ -34,9 +34,7 @@ data_app = typer.Typer(help="List what has landed, delete it, or free disk space
 @command(data_app, "reading", "deal data list", "deal data list --json", name="list", works_without_home=True)
 def list_data(deal: Session) -> CommandResult[list[ListedArrival]]:
     """List the arrivals: their rows, the versions that learned them, and those that are held."""
-    from tasks.housekeeping.arrivals import list_data as list_arrivals
-
-    arrivals = list_arrivals(deal.store)
+    arrivals = deal.service.arrivals()
     numbers = ["training rows", "test rows"]
     columns = ("arrival", "file", "landed", "task", *numbers, "learned by", "state")
     table = new_table(*columns, right=numbers, spare=["landed"])
@@ -52,15 +50,6 @@ def list_data(deal: Session) -> CommandResult[list[ListedArrival]]:
     return CommandResult(arrivals, [heading("Arrivals"), table])
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReleasedArrivals:
-    """Arrivals of a lineage that were held and go on."""
-
-    lineage: str
-    released: tuple[str, ...]
-    """As inbox/TASK/FILE, or the address of a file from elsewhere."""
-
-
 @command(
     data_app, "reading", "deal data release inbox/bank/may.csv", "deal data release --all", works_without_home=True
 )
@@ -70,14 +59,12 @@ def release(
         list[str] | None, Argument(help="Held arrivals, as inbox/TASK/FILE or a path.", show_default=False)
     ] = None,
     all_: Annotated[bool, Option("--all", help="Release every held arrival of the lineage.")] = False,
-    lineage: Lineage = "",
+    lineage: LineageOption = "",
 ) -> CommandResult[ReleasedArrivals]:
     """Let arrivals go on that are held: their run was cancelled, or their labels disagree with the champion."""
-    from tasks.arrivals import release as release_arrivals
-
     if all_ == bool(arrivals):
         raise ConfigError("Name the held arrivals (deal status lists them), or give --all.")
-    released = ReleasedArrivals(lineage=lineage, released=release_arrivals(deal.store, lineage, arrivals or []))
+    released = deal.lineage(lineage).release(*arrivals or ())
     shown = [
         f"{name} goes on: a watch learns it at its next look."
         if name.startswith("inbox/")
@@ -95,9 +82,7 @@ def gc(
     dry_run: Annotated[bool, Option("--dry-run", "-n", help="Only list what would be removed.")] = False,
 ) -> CommandResult[GcResult]:
     """Remove what is no longer needed: checkpoints, old rejected adapters, stored training rows, old logs."""
-    from flows.gc import gc as gc_flow
-
-    outcome = deal.run(lambda: gc_flow.fn(lineage, older_than, dry_run), "looking", in_prefect=False)
+    outcome = deal.service.collect(lineage, older_than=older_than, dry_run=dry_run)
     return CommandResult(outcome, _show_gc(outcome), failed=bool(outcome.problems))
 
 
@@ -167,16 +152,13 @@ def delete(
     if lineage or skip_rejected or stop_serving or accept_lost:
         raise ConfigError("--lineage, --skip-rejected, --stop-serving and --accept-lost go with --relearn.")
     with deal.screen.working("looking"):
-        from flows.forget import forget as forget_flow
-        from flows.forget import plan_forget
-
-        plan = plan_forget(arrival)
+        plan = deal.service.plan_deletion(arrival)
     shown = show_forget_plan(plan, "Would be removed")
     if dry_run:
         return CommandResult(plan, shown)
     if not yes:
         confirm(deal, shown, "Remove all this? It cannot be undone.")
-    done = deal.run(lambda: forget_flow(arrival, reason), "forgetting", makes_room=True)
+    done = deal.service.delete(arrival, reason=reason)
     said = f"Arrival {done.plan.sha256[:12]} of {done.plan.task} was {done.tombstone.said}."
     shown = [*show_forget_plan(done.plan, "Removed"), f"[bold]{escape(said)}[/]"]
     if done.waits_for_mlflow:
@@ -191,18 +173,16 @@ def _relearn(
     deal: Session, lineage: str | None, arrival: str, *, dry_run: bool, yes: bool, **options: Any
 ) -> CommandResult[Any]:
     with deal.screen.working("looking"):
-        from flows.relearn import plan_relearn
-        from flows.relearn import relearn as relearn_flow
         from tasks.lineage.settings import only_lineage
 
-        name = lineage or os.environ.get("DEAL_LINEAGE") or only_lineage(deal.store)
-        plan = plan_relearn(name, arrival, stops_serving=options["stops_serving"], who=deal.account)
+        learned = deal.lineage(lineage or os.environ.get("DEAL_LINEAGE") or only_lineage(deal.store))
+        plan = learned.plan_relearn(arrival, stops_serving=options["stops_serving"])
     shown = [*show_forget_plan(plan.forget, "Would be removed", relearns=True), *show_branch_plan(plan)]
     if dry_run:
         return CommandResult(plan, shown)
     if not yes:
         confirm(deal, shown, "Remove the rows, and learn the rest again? It cannot be undone.")
-    done = deal.run(lambda: relearn_flow(name, arrival, who=deal.account, **options), "looking", trains=True)
+    done = learned.relearn(arrival, **options)
     return CommandResult(
         done,
         [

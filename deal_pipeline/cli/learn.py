@@ -139,12 +139,7 @@ def adapt(
     if lineage is None and spec is None:
         deal.screen.said(f"Lineage {adapt_spec.lineage} learns {adapt_spec.task.name}.")
 
-    def start() -> Coroutine[Any, Any, AdaptResult]:
-        from flows.adapt import adapt as adapt_flow
-
-        return adapt_flow(adapt_spec, again=force)
-
-    outcome = deal.run(start, trains=True)
+    outcome = deal.lineage(adapt_spec.lineage).learn(adapt_spec, force=force)
     return CommandResult(outcome, show_adaptation(outcome), rejected=outcome.rejected or outcome.status == "held")
 
 

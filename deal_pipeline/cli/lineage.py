@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import RenderableType
@@ -17,9 +16,10 @@ from deal_core.safe_text import listed
 from deal_pipeline.cli.branch import AcceptLost, SkipRejected, show_branch, show_branch_plan, show_compared, show_made
 from deal_pipeline.cli.console import heading, new_table, show_adaptation
 from deal_pipeline.cli.data import confirm
-from deal_pipeline.cli.session import CommandResult, Lineage, Session, command, reason_option
+from deal_pipeline.cli.session import CommandResult, LineageOption, Session, command, reason_option
 
 if TYPE_CHECKING:
+    from deal_pipeline.results import LineageFile
     from flows.adapt import AdaptResult
     from flows.branch import BranchPlan, BranchResult
     from infra.branches import KnownBranch
@@ -33,15 +33,6 @@ LineageName = Annotated[str, Argument(help="Name of the lineage.")]
 TaskName = Annotated[str, Argument(help="Task that the lineage knows.")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class LineageFile:
-    """A lineage's file of settings."""
-
-    lineage: str
-    file: str
-    """Address of the file in the store."""
-
-
 @command(lineage_app, "reading", "deal lineage apply bank.yaml", "deal lineage apply bank.yaml --home /srv/deal")
 def apply(
     deal: Session,
@@ -50,15 +41,7 @@ def apply(
     ],
 ) -> CommandResult[LineageFile]:
     """Let a lineage learn from the inbox, or change its settings."""
-    from deal_core.base_model.sources import check_base
-    from tasks.lineage.settings import WatchedLineage, add_lineage
-    from tasks.spec import parse, read_lineage_values
-
-    values = read_lineage_values(spec)
-    lineage = parse(WatchedLineage, values, str(spec))
-    if lineage.base_model is not None and (unknown := check_base(lineage.base_model)):
-        deal.screen.said(f"The base model was not checked. {unknown}")
-    written = LineageFile(lineage=lineage.lineage, file=add_lineage(deal.store, lineage, values))
+    written = deal.service.apply(spec)
     return CommandResult(written, [escape(f"{written.lineage} is in {written.file}")])
 
 
@@ -66,9 +49,9 @@ def apply(
 def list_(deal: Session) -> CommandResult[list[LineageWithPause]]:
     """List the lineages that learn from the inbox."""
     from infra.versions import Versions
-    from tasks.lineage.settings import list_lineages, list_settings, with_pause
+    from tasks.lineage.settings import list_settings
 
-    lineages = [with_pause(deal.store, lineage) for lineage in list_lineages(deal.store)]
+    lineages = deal.service.lineages()
     shown = [
         f"{lineage.lineage}: {', '.join(lineage.tasks) or 'every task'}"
         + (f" (paused: {lineage.held})" if lineage.held else "")
@@ -98,9 +81,7 @@ def pause(
     reason: Annotated[str, reason_option("people who look at the lineage")] = "by command",
 ) -> CommandResult[LineageWithPause]:
     """Pause a lineage. A running training finishes; new files wait until `resume`."""
-    from tasks.lineage.settings import pause_lineage
-
-    paused = pause_lineage(deal.store, lineage, reason)
+    paused = deal.lineage(lineage).pause(reason)
     shown = f"{lineage} is paused: {reason}. Let it learn again with: deal lineage resume {lineage}."
     return CommandResult(paused, [escape(shown)])
 
@@ -108,9 +89,7 @@ def pause(
 @command(lineage_app, "reading", "deal lineage resume bank", "deal lineage resume bank --json", works_without_home=True)
 def resume(deal: Session, lineage: LineageName) -> CommandResult[LineageWithPause]:
     """Let a paused lineage learn again. Files that landed meanwhile are learned."""
-    from tasks.lineage.settings import pause_lineage
-
-    resumed = pause_lineage(deal.store, lineage, None)
+    resumed = deal.lineage(lineage).resume()
     return CommandResult(resumed, [escape(f"{lineage} learns what lands.")])
 
 
@@ -135,31 +114,14 @@ def rebase(
 ) -> CommandResult[Annotated[BranchPlan, "with --dry-run"] | BranchResult]:
     """Learn a lineage's arrivals again on another base model, and make the result champion if no task is worse."""
     with deal.screen.working("looking"):
-        from flows.rebase import plan_rebase
-        from flows.rebase import rebase as rebase_flow
-        from tasks.spec import refuse_secrets, resolve_base
-
-        for url in engine or ():
-            refuse_secrets(url)
-        source = resolve_base(base, Path.cwd())
-        plan = plan_rebase(lineage, source, who=deal.account)
+        learned = deal.lineage(lineage)
+        plan = learned.plan_rebase(base)
     shown = show_branch_plan(plan)
     if dry_run:
         return CommandResult(plan, shown)
     if not yes:
         confirm(deal, shown, "Learn all this on the new base model?")
-    done = deal.run(
-        lambda: rebase_flow(
-            lineage,
-            source,
-            skip_rejected=skip_rejected,
-            accept_lost=accept_lost,
-            engines=tuple(engine or ()),
-            who=deal.account,
-        ),
-        "looking",
-        trains=True,
-    )
+    done = learned.rebase(base, skip_rejected=skip_rejected, accept_lost=accept_lost, engines=engine or ())
     compared = show_compared(done.before, done.accuracies, done.num_rows)
     lines = [*show_made(done.made), *compared, f"[bold]{escape(done.message)}[/]"]
     return CommandResult(done, lines, rejected=done.status == "stopped")
@@ -183,28 +145,15 @@ def branch(
     reason: Annotated[str, reason_option("the promotion log, with --accept")] = "",
 ) -> CommandResult[list[KnownBranch]]:
     """Show what was made again, with the attestations of deleted rows; or accept an open branch, or give it up."""
-    from infra.branches import Branches
-
     if accept != bool(reason) or (accept and give_up):
         raise ConfigError("Give --accept together with --reason, and without --give-up.", code="accept-reason")
+    learned = deal.lineage(lineage)
     if accept:
-        from flows.relearn import relearn as relearn_flow
-        from tasks.lineage.branch import accept_result
-
-        named = accept_result(deal.store, lineage, who=deal.account, why=reason)
-        # The result may have been made with --skip-rejected. Another result would be judged anew.
-        done = deal.run(
-            lambda: relearn_flow(lineage, named, skip_rejected=True, who=deal.account), "ending", trains=True
-        )
-        known = Branches(deal.store).all(lineage)[-1]
+        done = learned.accept_branch(why=reason)
+        known = learned.branches()[-1]
         shown = [*show_branch(known), f"[bold]{escape(done.message)}[/]"]
         return CommandResult([known], shown, rejected=done.status == "stopped")
-    if give_up:
-        from flows.branch import give_up as give_up_flow
-
-        branches = [deal.run(lambda: give_up_flow(lineage, deal.account), "ending")]
-    else:
-        branches = [*Branches(deal.store).all(lineage)]
+    branches = [learned.give_up_branch()] if give_up else [*learned.branches()]
     shown = [line for each in branches for line in show_branch(each)]
     return CommandResult(branches, shown or [escape(f"Nothing of {lineage} was made again.")])
 
@@ -214,18 +163,14 @@ def show(deal: Session, lineage: LineageName) -> CommandResult[LineageWithPause]
     """Show a lineage's settings: those of its file, and the defaults of all others."""
     import yaml
 
-    from tasks.lineage.settings import read_lineage, with_pause
-
-    settings = with_pause(deal.store, read_lineage(deal.store, lineage))
+    settings = deal.lineage(lineage).settings()
     return CommandResult(settings, [escape(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False).rstrip())])
 
 
 @command(lineage_app, "reading", "deal lineage delete bank", "deal lineage delete bank --json", works_without_home=True)
 def delete(deal: Session, lineage: LineageName) -> CommandResult[LineageFile]:
     """Let a lineage learn no longer from the inbox, by deleting its settings. Its versions stay and serve."""
-    from tasks.lineage.settings import remove_lineage
-
-    deleted = LineageFile(lineage=lineage, file=remove_lineage(deal.store, lineage))
+    deleted = deal.lineage(lineage).remove_settings()
     return CommandResult(deleted, [escape(f"{deleted.file} is deleted; its versions stay.")])
 
 
@@ -246,21 +191,15 @@ def consolidate(
     yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> CommandResult[Annotated[ConsolidationPlan, "with --dry-run"] | AdaptResult]:
     """Learn what is left of all arrivals together, as one version that the gate judges against the champion."""
+    learned = deal.lineage(lineage)
     with deal.screen.working("looking"):
-        from flows.consolidate import plan
-
-        planned = plan(lineage, start)
+        planned = learned.plan_consolidation(start)
     if dry_run:
         return CommandResult(planned, show_plan(planned))
     if not yes:
         confirm(deal, show_plan(planned), "Train on all this?")
 
-    def run() -> Coroutine[Any, Any, AdaptResult]:
-        from flows.consolidate import consolidate as consolidate_flow
-
-        return consolidate_flow(lineage, planned.start)
-
-    outcome = deal.run(run, trains=True)
+    outcome = learned.consolidate(planned.start)
     return CommandResult(outcome, show_adaptation(outcome), rejected=outcome.rejected)
 
 
@@ -298,12 +237,10 @@ def add_label(
     deal: Session,
     task: TaskName,
     labels: Annotated[list[str], Argument(help="Labels that the task's next arrivals may use.")],
-    lineage: Lineage = "",
+    lineage: LineageOption = "",
 ) -> CommandResult[LabelsResult]:
     """Add labels to a task that the lineage has learned."""
-    from tasks.lineage.requests import add_labels
-
-    task_labels = add_labels(lineage, task, labels)
+    task_labels = deal.lineage(lineage).add_labels(task, labels)
     shown = [f"There already: {listed(task_labels.present)}."] if task_labels.present else []
     if task_labels.added:
         gained = f"{task} of lineage {lineage} gains: {listed(task_labels.added)}."
@@ -319,11 +256,9 @@ def add_label(
     "deal task renew-tests bank --lineage support",
     name="renew-tests",
 )
-def renew_test_rows(deal: Session, task: TaskName, lineage: Lineage = "") -> CommandResult[RenewalResult]:
+def renew_test_rows(deal: Session, task: TaskName, lineage: LineageOption = "") -> CommandResult[RenewalResult]:
     """Let the task's next arrival bring new test rows. The rows before are measured and shown as a second slice."""
-    from tasks.lineage.requests import renew_tests
-
-    renewal = renew_tests(lineage, task)
+    renewal = deal.lineage(lineage).renew_tests(task)
     shown = f"The test rows of the next arrival of {task} replace those of today."
     kept = f"The {renewal.num_test} test rows of today stay: every report shows both."
     return CommandResult(renewal, [escape(shown), escape(kept)])

@@ -15,7 +15,7 @@ from typer import Argument, Option
 
 from deal_core.errors import ConfigError
 from deal_pipeline.cli.console import heading, new_table, percent
-from deal_pipeline.cli.session import Column, CommandResult, Lineage, Reason, Session, command, main_app
+from deal_pipeline.cli.session import Column, CommandResult, LineageOption, Reason, Session, command, main_app
 from deal_pipeline.cli.version import decided, show_decision
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ feedback_app = typer.Typer(help="Take people's right answers, and turn them into
 @command(main_app, "starting", "deal monitor", "deal monitor --data answers.jsonl")
 def monitor(
     deal: Session,
-    lineage: Lineage = "",
+    lineage: LineageOption = "",
     data: Annotated[
         Path | None,
         Option(
@@ -106,7 +106,7 @@ def _tests(tasks: Sequence[TaskDrift]) -> RenderableType:
 @command(rollout_app, "looking", "deal rollout status", "deal rollout status --apply", works_without_home=True)
 def status(
     deal: Session,
-    lineage: Lineage = "",
+    lineage: LineageOption = "",
     apply: Annotated[
         bool,
         Option(
@@ -116,15 +116,8 @@ def status(
     ] = False,
 ) -> CommandResult[RolloutLook]:
     """Compare the version that is tried on live traffic with the champion."""
-    if not apply:
-        from tasks.monitoring.rollout import RolloutLook, look_at_rollout
-
-        rollout = look_at_rollout(lineage)
-        return CommandResult(RolloutLook(status=rollout), _show_rollout(rollout))
-    from flows.champions import check_rollout
-    from flows.promote import tell_once
-
-    look = check_rollout(lineage)
+    versions = deal.lineage(lineage)
+    look = versions.rollout(apply=apply, tells=False)
     shown = _show_rollout(look.status)
     if look.decision is None:
         return CommandResult(look, shown)
@@ -132,26 +125,26 @@ def status(
         look,
         [*shown, *show_decision(look.decision)],
         rejected=look.decision.action == "rejected",
-        afterwards=partial(tell_once, look.decision),
+        afterwards=partial(versions.tell, look.decision),
     )
 
 
 @command(rollout_app, "promoting", "deal rollout finish", 'deal rollout finish --reason "enough was seen"')
 def finish(
-    deal: Session, lineage: Lineage = "", reason: Reason = "rollout finished by hand"
+    deal: Session, lineage: LineageOption = "", reason: Reason = "rollout finished by hand"
 ) -> CommandResult[Decision]:
     """Make the version that is tried on live traffic the champion, whatever the figures say."""
-    from flows.champions import finish_rollout
-
-    return decided(finish_rollout(lineage, who=deal.account, why=reason))
+    versions = deal.lineage(lineage)
+    return decided(versions, versions.finish_rollout(why=reason, tells=False))
 
 
 @command(rollout_app, "rejecting", "deal rollout abort", 'deal rollout abort --reason "complaints"')
-def abort(deal: Session, lineage: Lineage = "", reason: Reason = "rollout aborted by hand") -> CommandResult[Decision]:
+def abort(
+    deal: Session, lineage: LineageOption = "", reason: Reason = "rollout aborted by hand"
+) -> CommandResult[Decision]:
     """Reject the version that is tried on live traffic. It can never become champion."""
-    from flows.champions import abort_rollout
-
-    return decided(abort_rollout(lineage, who=deal.account, why=reason))
+    versions = deal.lineage(lineage)
+    return decided(versions, versions.abort_rollout(why=reason, tells=False))
 
 
 def _show_rollout(found: RolloutStatus) -> Sequence[RenderableType]:
@@ -201,7 +194,7 @@ def _compared(report: RolloutReport) -> list[RenderableType]:
 def sample(
     deal: Session,
     task: Annotated[str, Argument(help="Task whose texts are chosen.")],
-    lineage: Lineage = "",
+    lineage: LineageOption = "",
     number: Annotated[int, Option("--number", "-n", min=1, help="Most texts in the file.")] = 50,
     random_share: Annotated[float, Option(max=1.0, help="Share that is drawn at random, above 0.")] = 0.25,
     data: Annotated[
@@ -244,7 +237,7 @@ def sample(
 def add(
     deal: Session,
     file: Annotated[Path, Argument(help="CSV, JSON lines or Parquet with id, and label, answer or is_right.")],
-    lineage: Lineage = "",
+    lineage: LineageOption = "",
 ) -> CommandResult[FeedbackResult]:
     """Take right answers to logged requests, from a file that a person has checked."""
     from tasks.monitoring.feedback import take_feedback_file
@@ -262,7 +255,7 @@ def add(
 def export(
     deal: Session,
     task: Annotated[str, Argument(help="Task whose reviewed answers land in its inbox.")],
-    lineage: Lineage = "",
+    lineage: LineageOption = "",
 ) -> CommandResult[HarvestResult]:
     """Write reviewed right answers into the inbox, as an ordinary file. Each lands once."""
     from tasks.monitoring.harvest import harvest_feedback

@@ -166,9 +166,7 @@ def status(
 
     Exit code 1: a process is gone, or data is damaged.
     """
-    from deal_pipeline.server.status import read_status
-
-    found = asyncio.run(read_status(deal.home))
+    found = deal.service.status()
     is_broken = bool(found.damaged) or any(not part.is_alive for part in found.parts)
     if check:
         is_broken |= bool(found.problems or found.failed)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import getpass
 import inspect
 import json
 import os
@@ -32,11 +31,13 @@ from deal_core.safe_text import brief, printable, printable_json, without_secret
 from deal_pipeline.cli.console import Screen
 
 if TYPE_CHECKING:
+    from deal_pipeline.home import Home
+    from deal_pipeline.lineage import Lineage
     from infra.store.base import ObjectStore
 
 FAILED, WRONG_USE, REJECTED, STOPPED = 1, 2, 3, 130
 
-Home = Annotated[
+HomeOption = Annotated[
     Path | None,
     Option(
         "--home",
@@ -61,7 +62,7 @@ def _lineage(default: str) -> Any:
     )
 
 
-Lineage = Annotated[str, _lineage("the only lineage")]
+LineageOption = Annotated[str, _lineage("the only lineage")]
 """A lineage that exists; "" is the default, for which `command` puts in the home's only lineage."""
 SpecLineage = Annotated[str | None, _lineage("the spec's, else the only lineage")]
 """A lineage that may be new, or stand in a spec. A command gets the name, or None if none was given."""
@@ -98,7 +99,7 @@ Column = Annotated[
 
 main_app = typer.Typer()
 """The commands that belong to no group, such as `deal adapt`."""
-COMMON = (("home", Home, None), ("as_json", Json, False), ("debug", Debug, False))
+COMMON = (("home", HomeOption, None), ("as_json", Json, False), ("debug", Debug, False))
 """Name, annotation and default of the options that every command has."""
 
 Result = TypeVar("Result")
@@ -150,6 +151,19 @@ class Session:
     screen: Screen
 
     @property
+    def service(self) -> Home:
+        """The home's methods. Their flows run in this process, and show their stages on the screen."""
+        from deal_pipeline.home import Home
+
+        return Home.of_command(self.screen, self.run)
+
+    def lineage(self, name: str) -> Lineage:
+        """Return the methods of a lineage of this home."""
+        from deal_pipeline.lineage import Lineage
+
+        return Lineage(name, home=self.service)
+
+    @property
     def store(self) -> ObjectStore:
         """The object store of the environment. For errors see `open_store`."""
         from tasks.context import current_store
@@ -159,10 +173,7 @@ class Session:
     @property
     def account(self) -> str:
         """Name of the account that runs this process."""
-        try:
-            return getpass.getuser()
-        except (OSError, KeyError):  # a container's user may have no name
-            return "unknown account"
+        return self.service.who
 
     def run(
         self,
@@ -195,8 +206,8 @@ def command(
 
     The function gets the opened Session as its first argument, and its own options by name. It returns its result,
     which is printed and sets the exit code, or the `Events` that it has told. The type of either is read only for the
-    documentation, so it may be imported under TYPE_CHECKING. An option of the kind `Lineage` that was not given is the
-    home's only lineage.
+    documentation, so it may be imported under TYPE_CHECKING. A `LineageOption` that was not given is the home's only
+    lineage.
 
     Args:
         group: the command is added to it.
@@ -204,7 +215,7 @@ def command(
         examples: command lines for the end of the help text.
         name: the command's name; None: the function's.
         works_without_home: the command has an answer where nothing is stored, and makes no home folder for it. Other
-            commands with an option of the kind `Lineage` refuse to start there; all others make the folder.
+            commands with an option of the kind `LineageOption` refuse to start there; all others make the folder.
     """
 
     def add(function: Callable[..., Returned]) -> Callable[..., Returned]:
@@ -232,7 +243,7 @@ def command(
         kinds = inspect.get_annotations(run, eval_str=True)
         parameters = [*inspect.signature(function).parameters.values()][1:]
         own = [parameter.replace(annotation=kinds[parameter.name]) for parameter in parameters]
-        names_lineage = any(parameter.annotation == Lineage for parameter in own)
+        names_lineage = any(parameter.annotation == LineageOption for parameter in own)
         by_name = inspect.Parameter.KEYWORD_ONLY
         common = [inspect.Parameter(name, by_name, annotation=kind, default=value) for name, kind, value in COMMON]
         signature = inspect.Signature([*(parameter.replace(kind=by_name) for parameter in own), *common])

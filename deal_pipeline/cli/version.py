@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 from rich.console import RenderableType
@@ -18,15 +17,16 @@ from deal_core.errors import ConfigError
 from deal_core.evaluation.interval import score_text
 from deal_core.safe_text import brief
 from deal_pipeline.cli.console import heading, matrix_table, new_table, percent, points, show_adaptation, show_held
-from deal_pipeline.cli.session import CommandResult, Lineage, Reason, Session, command, reason_option
+from deal_pipeline.cli.session import CommandResult, LineageOption, Reason, Session, command, reason_option
 
 if TYPE_CHECKING:
     from deal_core.evaluation.accuracy_matrix import MatrixJson
+    from deal_pipeline.lineage import Lineage
+    from deal_pipeline.results import ChampionAt, ShownVersion
     from flows.adapt import AdaptResult
     from flows.champions import EvaluateResult
     from infra.promotions import Decision, LeftBehind, Move
     from tasks.lineage.history import HistoryEntry
-    from tasks.lineage.reports import WrittenReport
     from tasks.serving.export import Exported
     from tasks.serving.publish import Published
 
@@ -34,29 +34,10 @@ version_app = typer.Typer(help="List, show, promote, roll back, reject or export
 Number = Annotated[str, Argument(help="Number of the version.")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ChampionAt:
-    """The champion at a time."""
-
-    at: str
-    """The time, as ISO 8601 with its zone."""
-    champion: str | None
-    """Number of the version; None: no version was champion."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShownVersion:
-    """A version, and its page."""
-
-    version: HistoryEntry
-    page: WrittenReport | None
-    """The page that --report has written; None: the option was not given."""
-
-
 @command(version_app, "reading", "deal version list", "deal version list --at 2026-11-01T09:30+01:00", name="list")
 def list_versions(
     deal: Session,
-    lineage: Lineage = "",
+    lineage: LineageOption = "",
     at: Annotated[
         str | None,
         Option(
@@ -80,34 +61,23 @@ def list_versions(
     | Annotated[MatrixJson, "with --matrix"]
 ]:
     """List a lineage's versions: task, scores, the gate's decision, aliases. With --at: the champion at that time."""
-    from infra.lineage_state import read_state
-    from infra.promotions import PromotionLog
-    from tasks.arrivals import held_arrivals
-    from tasks.lineage.history import NoVersionError, find_version, read_history
-    from tasks.lineage.record import read_record
-
+    versions = deal.lineage(lineage)
     if matrix:
-        scores = read_record(deal.store, find_version(deal.store, lineage, None)).matrix
-        return CommandResult(scores.to_json(), [heading(f"Scores of {lineage}, %"), matrix_table(scores.to_json())])
+        scores = versions.matrix().to_json()
+        return CommandResult(scores, [heading(f"Scores of {lineage}, %"), matrix_table(scores)])
     if at is not None:
         when, zone = _time(at)
-        champion = PromotionLog(deal.store).champion_at(lineage, when)
-        text = f"version {champion} was champion" if champion else "no version was champion"
-        then = ChampionAt(at=when.isoformat(), champion=champion)
+        then = versions.champion_at(when)
+        text = f"version {then.champion} was champion" if then.champion else "no version was champion"
         return CommandResult(then, [f"At {then.at}{zone}, {text}."])
     if moves:
-        log = PromotionLog(deal.store).moves(lineage)
+        log = versions.moves()
         return CommandResult(log, [heading(f"Moves of {lineage}"), _moves(log)])
-    held, limit = held_arrivals(read_state(deal.store, lineage)), 0 if deal.screen.as_json else newest
-    try:
-        entries = read_history(lineage, limit + 1 if limit else None)
-    except NoVersionError:
-        if not held:
-            raise
-        entries = []  # its first arrival is held
+    limit = 0 if deal.screen.as_json else newest
+    entries = versions.history(limit + 1 if limit else None)
     more = ["[dim]There are earlier versions; --newest 0 shows all.[/]"] if limit and len(entries) > limit else []
-    versions = show_history(lineage, entries[-limit:]) if entries else ()
-    return CommandResult(entries, [*more, *versions, *show_held(lineage, held)])
+    shown = show_history(lineage, entries[-limit:]) if entries else ()
+    return CommandResult(entries, [*more, *shown, *show_held(lineage, versions.held())])
 
 
 def _time(text: str) -> tuple[datetime, str]:
@@ -188,7 +158,7 @@ def _moves(moves: Sequence[Move]) -> RenderableType:
 def show(
     deal: Session,
     version: Number,
-    lineage: Lineage = "",
+    lineage: LineageOption = "",
     report: Annotated[
         bool, Option("--report", help="Also write its page: accuracy, forgetting, data, timings.")
     ] = False,
@@ -198,19 +168,11 @@ def show(
     ] = None,
 ) -> CommandResult[ShownVersion]:
     """Show what a version learned and what the gate decided."""
-    from tasks.lineage.history import no_version, read_history
-    from tasks.lineage.reports import save_report
-
     if out is not None and not report:
         raise ConfigError("--out is the file of the page; give --report too.")
-    entry = next((entry for entry in read_history(lineage) if entry.version == version), None)
-    if entry is None:
-        raise no_version(lineage, version)
-    if not report:
-        return CommandResult(ShownVersion(version=entry, page=None), _show_version(lineage, entry))
-    page = save_report(lineage, version, out or deal.home / "reports" / f"{lineage}-{version}.html")
-    shown = [*_show_version(lineage, entry), escape(f"Page: {page.file}")]
-    return CommandResult(ShownVersion(version=entry, page=page), shown)
+    found = deal.lineage(lineage).show(version, report=report, out=out)
+    shown = [*_show_version(lineage, found.version)]
+    return CommandResult(found, [*shown, escape(f"Page: {found.page.file}")] if found.page else shown)
 
 
 def _show_version(lineage: str, entry: HistoryEntry) -> Sequence[RenderableType]:
@@ -242,16 +204,10 @@ def _show_version(lineage: str, entry: HistoryEntry) -> Sequence[RenderableType]
 def evaluate(
     deal: Session,
     version: Annotated[str | None, Argument(help="Number of the version.", show_default="the champion")] = None,
-    lineage: Lineage = "",
+    lineage: LineageOption = "",
 ) -> CommandResult[EvaluateResult]:
     """Score a version again on the frozen test rows of every task that it knows."""
-
-    def start() -> Coroutine[Any, Any, EvaluateResult]:
-        from flows.champions import evaluate as evaluate_flow
-
-        return evaluate_flow(lineage, version)
-
-    scores = deal.run(start, trains=True)
+    scores = deal.lineage(lineage).evaluate(version)
     numbers = ["now", "at its run", "test rows"]
     table = new_table("task", *numbers, right=numbers)
     for task, accuracy in scores.accuracies.items():
@@ -264,12 +220,11 @@ def evaluate(
 
 @command(version_app, "promoting", "deal version promote 4", 'deal version promote 4 --reason "checked by the bank"')
 def promote(
-    deal: Session, version: Number, lineage: Lineage = "", reason: Reason = "approved"
+    deal: Session, version: Number, lineage: LineageOption = "", reason: Reason = "approved"
 ) -> CommandResult[Decision]:
     """Make a version champion. Its parent must be the present champion."""
-    from tasks.lineage.promotion import promote_to
-
-    return decided(promote_to(lineage, version, who=deal.account, why=reason))
+    versions = deal.lineage(lineage)
+    return decided(versions, versions.promote(version, why=reason, tells=False))
 
 
 @command(version_app, "rolling back", "deal version rollback", 'deal version rollback 2 --reason "wrong labels in May"')
@@ -278,13 +233,12 @@ def rollback(
     version: Annotated[
         str | None, Argument(help="Version to go back to.", show_default="the champion's parent")
     ] = None,
-    lineage: Lineage = "",
+    lineage: LineageOption = "",
     reason: Reason = "rolled back by hand",
 ) -> CommandResult[Decision]:
     """Make an earlier version the champion again, at once. The arrivals that it has not learned are listed."""
-    from tasks.lineage.promotion import roll_back
-
-    return decided(roll_back(lineage, version, who=deal.account, why=reason))
+    versions = deal.lineage(lineage)
+    return decided(versions, versions.rollback(version, why=reason, tells=False))
 
 
 @command(
@@ -297,19 +251,16 @@ def reject(
     deal: Session,
     version: Number,
     reason: Annotated[str, reason_option("the promotion log", show_default=False)],
-    lineage: Lineage = "",
+    lineage: LineageOption = "",
 ) -> CommandResult[Decision]:
     """Reject a version. It can never become champion."""
-    from tasks.lineage.promotion import reject_version
+    versions = deal.lineage(lineage)
+    return decided(versions, versions.reject(version, why=reason, tells=False))
 
-    return decided(reject_version(lineage, version, who=deal.account, why=reason))
 
-
-def decided(done: Decision) -> CommandResult[Decision]:
+def decided(lineage: Lineage, done: Decision) -> CommandResult[Decision]:
     """A decision of a person. It is logged and printed before Prefect, the webhook and MLflow are told."""
-    from flows.promote import tell_once
-
-    return CommandResult(done, show_decision(done), afterwards=partial(tell_once, done))
+    return CommandResult(done, show_decision(done), afterwards=partial(lineage.tell, done))
 
 
 def show_decision(done: Decision) -> Sequence[RenderableType]:
@@ -339,21 +290,17 @@ def requeue(
         bool,
         Option("--all", help="Learn all arrivals that were left behind, and let those go on whose run was cancelled."),
     ] = False,
-    lineage: Lineage = "",
+    lineage: LineageOption = "",
 ) -> CommandResult[list[LeftBehind] | Annotated[list[AdaptResult], "with versions or --all"]]:
     """List the arrivals that a rollback left behind, or learn them again."""
-    from flows.requeue import requeue as requeue_flow
-    from infra.lineage_state import read_state
-    from tasks.arrivals import held_arrivals
-    from tasks.lineage.promotion import find_left_behind
-
+    learned = deal.lineage(lineage)
     if not (all_ or versions):
-        left_behind = find_left_behind(lineage)
-        held = show_held(lineage, held_arrivals(read_state(deal.store, lineage)))
+        left_behind = learned.left_behind()
+        held = show_held(lineage, learned.held())
         return CommandResult(list(left_behind), [*_show_left_behind(lineage, left_behind), *held])
     if all_ and versions:
         raise ConfigError("Give either versions or --all, not both.")
-    runs = deal.run(lambda: requeue_flow(lineage, versions or []))
+    runs = learned.requeue(*versions or ())
     shown = [line for run in runs for line in show_adaptation(run)] or _show_left_behind(lineage, ())
     return CommandResult(runs, shown, rejected=any(run.rejected for run in runs))
 
@@ -400,7 +347,7 @@ def export(
             "--out", "-o", help="New folder; hub: OWNER/NAME of the repository; vllm: the servers' folder of adapters."
         ),
     ],
-    lineage: Lineage = "",
+    lineage: LineageOption = "",
     base_model: Annotated[
         str | None,
         Option(
@@ -410,16 +357,13 @@ def export(
     ] = None,
 ) -> CommandResult[Exported | Annotated[Published, "with --format vllm"]]:
     """Export a version for other programs. All but vllm are compared with the served version."""
-    from tasks.serving.export import Target, export_version
+    from tasks.serving.export import Target
 
     formats = (*get_args(Target), "vllm")
     if format_ not in formats:
         raise ConfigError(f"--format is {format_!r}; give one of {', '.join(formats)}.")
     if format_ == "vllm":
-        from infra.settings import EngineSettings
-        from tasks.serving.publish import publish
-
-        published = publish(lineage, Path(out), EngineSettings(), version=version, model=base_model)
+        published = deal.lineage(lineage).publish(version, out, base_model=base_model)
         state = "is in" if published.is_new else "was already in"
         shown = [
             f"[bold green]{escape(published.model)}[/] {state} {escape(published.folder)}: version "
@@ -429,7 +373,7 @@ def export(
         return CommandResult(published, shown)
     if base_model is not None:
         raise ConfigError("--base-model goes with --format vllm; leave it out.")
-    exported = export_version(lineage, version, cast("Target", format_), out)
+    exported = deal.lineage(lineage).export(version, to=cast("Target", format_), out=out)
     shown = [
         f"[bold green]Version {escape(exported.version)} of {escape(exported.lineage)}[/] is in "
         f"{escape(exported.address)}",

@@ -132,13 +132,13 @@ class Status(ServerRuns, frozen=True):
     """Missing or damaged champions, versions, manifests and test rows, and a store that cannot be read."""
 
 
-async def read_status(home: Path) -> Status:
-    """Read the state of the processes, of the lineages and, if there is a server, of its runs."""
+async def read_status(home: Path, environment: Mapping[str, str] = os.environ) -> Status:
+    """Read the state of the processes, of the lineages and, if the environment names a server, of its runs."""
     stack = read_stack(home)
     parts = stack.parts if stack else []
     problems: list[str] = []
     damaged: list[str] = []
-    server = await read_server(problems)
+    server = await read_server(problems, environment)
     lineages = _lineages(problems, damaged)
     return Status(
         **vars(server),
@@ -311,9 +311,9 @@ def may_name_a_server(environment: Mapping[str, str] = os.environ) -> bool:
         return True
 
 
-async def read_server(problems: list[str]) -> ServerRuns:
+async def read_server(problems: list[str], environment: Mapping[str, str] = os.environ) -> ServerRuns:
     """Read the runs on the Prefect server, if there is one. One that does not answer is appended to `problems`."""
-    if not may_name_a_server():
+    if not may_name_a_server(environment):
         return ServerRuns()
     import httpx
     from prefect.client.orchestration import get_client

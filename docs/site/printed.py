@@ -25,6 +25,7 @@ from deal_pipeline.cli.app import app
 from deal_pipeline.cli.session import CommandResult, Events
 from docs.site.docstrings import docstring_of
 
+RESULTS = "deal_pipeline.results"
 JSON_WORDS = {"None": "null", "True": "true", "False": "false"}
 
 
@@ -67,9 +68,12 @@ def printed_by(function: Any) -> Printed:
 
 
 def _only_for_types(module: types.ModuleType) -> dict[str, Any]:
-    """Import what a module imports under TYPE_CHECKING."""
+    """Import what a module imports under TYPE_CHECKING; the results of the Python API do so too."""
     blocks = [node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.If)]
     imports = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)]
+    if any(node.module == RESULTS for node in imports):
+        results = importlib.import_module(RESULTS)
+        vars(results).update(_only_for_types(results))
     return {
         name.name: getattr(importlib.import_module(str(node.module)), name.name)
         for node in imports
