@@ -440,7 +440,7 @@ class Lineage:
         version: str | int | None = None,
         out: str | os.PathLike[str] | None = None,
         column: str | None = None,
-        on_progress: OnProgress = lambda done, total: None,
+        on_progress: OnProgress | None = None,
     ) -> FileAnswers:
         """Answer every row of a file, of any size, into another file.
 
@@ -450,7 +450,7 @@ class Lineage:
             version: Number of the version; None: the champion of now.
             out: A .jsonl or .parquet file; None: a file next to `data`, named after it.
             column: The column with the text; None: it is found by its name.
-            on_progress: Called with the number of answered rows and of all rows.
+            on_progress: Called with the number of answered rows and of all rows; None: nobody is told.
 
         Raises:
             ConfigError: The lineage does not know the task, or the output exists already or lies in the inbox.
@@ -467,7 +467,7 @@ class Lineage:
                 version=_number(version),
                 out=None if out is None else Path(out),
                 column=column,
-                on_progress=on_progress,
+                on_progress=on_progress or (lambda done, total: None),
             )
 
     def close(self) -> None:

@@ -59,7 +59,7 @@ def printed_by(function: Any) -> Printed:
         TypeError: its return type does not say so.
     """
     module = sys.modules[function.__module__]
-    vars(module).update(_only_for_types(module))
+    vars(module).update(only_for_types(module))
     kind = get_type_hints(function, include_extras=True).get("return")
     if get_origin(kind) not in (CommandResult, Events):
         raise TypeError(f"{function.__name__} returns {kind}; name the type that --json prints: CommandResult[…].")
@@ -67,14 +67,15 @@ def printed_by(function: Any) -> Printed:
     return Printed(value, are_lines=get_origin(kind) is Events)
 
 
-def _only_for_types(module: types.ModuleType) -> dict[str, Any]:
+def only_for_types(module: types.ModuleType) -> dict[str, Any]:
     """Import what a module imports under TYPE_CHECKING; the results of the Python API do so too."""
     blocks = [node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.If)]
     imports = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)]
     if any(node.module == RESULTS for node in imports):
         results = importlib.import_module(RESULTS)
-        vars(results).update(_only_for_types(results))
-    return {
+        vars(results).update(only_for_types(results))
+    libraries = [name for block in blocks for node in block.body if isinstance(node, ast.Import) for name in node.names]
+    return {name.asname or name.name: importlib.import_module(name.name) for name in libraries} | {
         name.name: getattr(importlib.import_module(str(node.module)), name.name)
         for node in imports
         for name in node.names

@@ -1,4 +1,4 @@
-"""What the site's build makes from the code: settings, environment variables, commands, and what --json prints."""
+"""What the site's build makes from the code: settings, environment variables, commands, Python, what --json prints."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from deal_core.strategies import OWN
 from deal_pipeline.cli.app import app
 from docs.site.docstrings import docstring_of, docstring_of_constant
 from docs.site.printed import json_schemas
+from docs.site.python_api import python_page
 from infra import settings as environment
 from tasks.lineage.consolidation import ConsolidatePolicy
 from tasks.lineage.retrain import RetrainPolicy
@@ -171,6 +172,7 @@ SITE_PAGES = {
     "settings.md": settings_page,
     "environment.md": environment_page,
     "commands.md": commands_page,
+    "python_reference.md": python_page,
     "json_schemas.json": json_schemas,
     "spec.schema.json": spec_schema,
 }

@@ -10,9 +10,11 @@ import pytest
 from jsonschema import Draft202012Validator
 from typer.main import get_command
 
+from deal_pipeline import Home, Lineage
 from deal_pipeline.cli.app import app
 from deal_pipeline.cli.session import CommandResult, Events, Session
 from docs.site.printed import printed_by, schema_of
+from docs.site.python_api import INNER, python_page
 from docs.site.reference import spec_schema
 from tasks.spec import SPEC_SCHEMA
 from tests.printed import command_of, commands, require_described
@@ -40,6 +42,15 @@ def test_the_schema_of_a_spec_is_that_of_the_settings() -> None:
     strategy = Draft202012Validator(schema["properties"]["strategy"])
     assert strategy.is_valid("deal") and strategy.is_valid("one_of_another_package")
     assert "Passes over the training rows" in schema["$defs"]["TrainConfig"]["properties"]["num_epochs"]["description"]
+
+
+def test_the_python_reference_has_every_public_method_and_the_fields_of_its_result() -> None:
+    page = python_page()
+    for kind in (Lineage, Home):
+        names = [name for name, member in vars(kind).items() if not name.startswith("_") and callable(member)]
+        assert [name for name in names if f"### {kind.__name__}.{name}\n" not in page and name not in INNER] == []
+    assert "| `left_behind` |" in page, "a field of a result"
+    assert "- `RegistryError`: There is no such version, or the gate has rejected it." in page
 
 
 def silent(deal: Session) -> None: ...
