@@ -29,7 +29,11 @@ if TYPE_CHECKING:
     from tasks.lineage.history import HistoryEntry
     from tasks.lineage.requests import LabelsResult, RenewalResult
     from tasks.lineage.settings import LineageWithPause
+    from tasks.monitoring.feedback import FeedbackResult
+    from tasks.monitoring.harvest import HarvestResult
+    from tasks.monitoring.look import MonitorResult
     from tasks.monitoring.rollout import RolloutLook
+    from tasks.monitoring.select import SelectResult
     from tasks.predict import Answer, FileAnswers, OnProgress
     from tasks.progress import Reporter
     from tasks.serving.export import Exported, Target
@@ -395,6 +399,88 @@ class Lineage:
 
         with self.home.opened():
             return renew_tests(self.name, task)
+
+    def monitor(self, data: str | os.PathLike[str] | None = None, *, new_reference: bool = False) -> MonitorResult:
+        """Compare the champion's live traffic with its test rows: drift, and accuracy (0 to 1). No model is needed.
+
+        Args:
+            data: File of answers that another server gave, in place of the prediction log. Nothing is announced then.
+            new_reference: Compare with the present live rows from now on, until another version is champion.
+
+        Raises:
+            RegistryError: The lineage has no champion.
+            DataValidationError: The file cannot be read.
+        """
+        self.home.load("prefect", "infra.tracking.tracker")
+        from flows.champions import monitor
+
+        file = None if data is None else os.path.abspath(data)
+        result: MonitorResult = self.home.run(monitor, self.name, file, new_reference)
+        return result
+
+    # --- people's answers ---
+
+    def sample_feedback(
+        self,
+        task: str,
+        *,
+        data: str | os.PathLike[str] | None = None,
+        column: str | None = None,
+        out: str | os.PathLike[str] | None = None,
+        number: int = 50,
+        random_share: float = 0.25,
+        on_progress: OnProgress | None = None,
+    ) -> SelectResult:
+        """Write a file of texts that are worth labelling: the least certain answers, and a random share.
+
+        Args:
+            task: Task whose texts are chosen.
+            data: File of texts that the champion answers first; None: the prediction log.
+            column: With `data`: the column with the text; None: it is found by its name.
+            out: New .csv or .jsonl file; None: TASK-to-label.csv.
+            number: Most texts in the file.
+            random_share: Share that is drawn at random, above 0 and at most 1.
+            on_progress: Called with the number of answered rows and of all rows; None: nobody is told.
+
+        Raises:
+            ConfigError: The lineage does not know the task, or the file exists already.
+            RegistryError: The lineage has no champion.
+        """
+        with self.home.opened(), self.home.computing():
+            from tasks.monitoring.select import select_to_label
+
+            return select_to_label(
+                task,
+                self.name,
+                data=None if data is None else Path(data),
+                column=column,
+                out=None if out is None else Path(out),
+                number=number,
+                random_share=random_share,
+                on_progress=on_progress or (lambda done, total: None),
+            )
+
+    def add_feedback(self, file: str | os.PathLike[str]) -> FeedbackResult:
+        """Take right answers to logged requests from a file: CSV, JSON lines or Parquet with id and label or answer.
+
+        Raises:
+            DataValidationError: The file cannot be read, or has other columns.
+        """
+        from tasks.monitoring.feedback import take_feedback_file
+
+        with self.home.opened():
+            return take_feedback_file(Path(file), self.name)
+
+    def export_feedback(self, task: str) -> HarvestResult:
+        """Write a task's reviewed right answers into its inbox, as an ordinary file. Each lands once.
+
+        Raises:
+            ConfigError: The lineage does not know the task.
+        """
+        from tasks.monitoring.harvest import harvest_feedback
+
+        with self.home.opened():
+            return harvest_feedback(task, self.name)
 
     # --- answer ---
 

@@ -50,10 +50,7 @@ def monitor(
     ] = False,
 ) -> CommandResult[MonitorResult]:
     """Compare live traffic with the test rows: drift, accuracy."""
-    from flows.champions import monitor as monitor_flow
-
-    file = None if data is None else str(data.absolute())
-    outcome = deal.run(lambda: monitor_flow(lineage, file, new_reference))
+    outcome = deal.lineage(lineage).monitor(data, new_reference=new_reference)
     return CommandResult(outcome, _show_monitor(outcome))
 
 
@@ -214,13 +211,8 @@ def sample(
     """Write a file of texts that are worth labelling: the least certain answers, and a random share."""
     if column is not None and data is None:
         raise ConfigError("--column goes with --data; give both, or neither.")
-    from deal_pipeline.server.embedded import calm_libraries
-    from tasks.monitoring.select import select_to_label
-
-    calm_libraries()
-    done = select_to_label(
+    done = deal.lineage(lineage).sample_feedback(
         task,
-        lineage,
         data=data,
         column=column,
         out=out,
@@ -240,9 +232,7 @@ def add(
     lineage: LineageOption = "",
 ) -> CommandResult[FeedbackResult]:
     """Take right answers to logged requests, from a file that a person has checked."""
-    from tasks.monitoring.feedback import take_feedback_file
-
-    taken = take_feedback_file(file, lineage)
+    taken = deal.lineage(lineage).add_feedback(file)
     shown = [f"Feedback on {taken.num_taken} answers was taken."]
     if taken.num_blank:
         shown.append(f"{taken.num_blank} rows have no feedback.")
@@ -258,9 +248,7 @@ def export(
     lineage: LineageOption = "",
 ) -> CommandResult[HarvestResult]:
     """Write reviewed right answers into the inbox, as an ordinary file. Each lands once."""
-    from tasks.monitoring.harvest import harvest_feedback
-
-    done = harvest_feedback(task, lineage)
+    done = deal.lineage(lineage).export_feedback(task)
     shown = [f"{done.num_rows} rows landed as {done.key}." if done.key else "There is nothing to export."]
     shown += [f"  not exported: {number}, {reason}" for reason, number in done.skipped.items()]
     return CommandResult(done, [*map(escape, shown)])

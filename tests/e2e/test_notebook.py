@@ -41,5 +41,5 @@ def test_every_cell_runs(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     run(notebook)
     (last,) = [cell for cell in notebook.cells if "lineage.rollback()" in cell.source]
-    version, after = re.findall(r"^(\d+) .*\[(.*)\]$", last.outputs[-1].data["text/plain"], re.MULTILINE)
+    version, after = re.findall(r"^(\d+) .*\((.*)\)$", last.outputs[-1].data["text/plain"], re.MULTILINE)
     assert "champion" in version[1] and "champion" not in after[1], "the version before the second is back"
