@@ -20,7 +20,7 @@ from deal_core.errors import ConfigError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from deal_pipeline.results import CheckedRows, LineageFile
+    from deal_pipeline.results import CheckedRows, FetchedBase, LineageFile
     from deal_pipeline.server.status import Status
     from deal_pipeline.training import Training
     from flows.forget import ForgetResult
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tasks.housekeeping.arrivals import ListedArrival
     from tasks.housekeeping.forgetting import ForgetPlan
     from tasks.lineage.settings import LineageWithPause
+    from tasks.mlflow_mirror import Synced
     from tasks.progress import Reporter
     from tasks.references import ScoredArrival
     from tasks.spec import AdaptSpec
@@ -177,8 +178,8 @@ class Home:
             root.handlers[:], root.level = handlers, level
 
     @contextmanager
-    def opened_to_move(self) -> Iterator[ObjectStore]:
-        """Do what `opened` does, and let Prefect's client use the home's server, if it has one."""
+    def opened_with_prefect(self) -> Iterator[ObjectStore]:
+        """Do what `opened` does, and let Prefect's client use the home's server, or none if it has none."""
         if self._runner is not None:  # the process has the home's variables
             with self.opened() as store:
                 yield store
@@ -227,7 +228,7 @@ class Home:
         if self._runner is not None:
             function = flow if in_prefect else flow.fn
             return self._runner(lambda: function(*arguments), in_prefect=in_prefect, **options)
-        with self.opened(), self.computing() if options.get("trains") else nullcontext():
+        with self.opened_with_prefect(), self.computing() if options.get("trains") else nullcontext():
             return in_thread(lambda: asyncio.run(flow.fn(*arguments)))
 
     @contextmanager
@@ -280,13 +281,48 @@ class Home:
         with self.opened() as store:
             return LineageFile(lineage=lineage.lineage, file=add_lineage(store, lineage, values))
 
+    def fetch(self, source: str = "smollm2-135m-instruct") -> FetchedBase:
+        """Fetch, check and convert a base model, so that trainings need no network.
+
+        Args:
+            source: Built-in name, Hub id, local folder or GGUF file.
+
+        Raises:
+            ConfigError: There is no such model, or it cannot be used.
+        """
+        from deal_core.base_model.sources import resolve_base
+        from deal_pipeline.results import FetchedBase
+        from infra.settings import HomeSettings
+
+        with self.opened():
+            folder = resolve_base(
+                source,
+                HomeSettings().cache_dir,
+                lambda doing, done, total: self.reporter.advanced("fetch", done, total, doing),
+            )
+        return FetchedBase(source=source, folder=str(folder))
+
+    def sync(self, *lineages: str) -> list[Synced]:
+        """Write into MLflow what it lacks of the store: runs, models, versions and aliases.
+
+        A problem of MLflow is in a result, not raised. A lineage that is being learned is left to its run.
+
+        Args:
+            lineages: Their names; none: all that have a version.
+        """
+        self.load("prefect", "infra.tracking.tracker")
+        from flows.mlflow import sync_mlflow
+
+        with self.opened_with_prefect():
+            return in_thread(lambda: asyncio.run(sync_mlflow.fn(lineages)))
+
     def status(self) -> Status:
         """Return what runs, waits, failed or is damaged: processes, lineages, and the runs of a Prefect server."""
         from deal_pipeline.server.status import read_status
 
         place = self.place
         is_told_of_a_server = self._runner is None and place.variables.get("PREFECT_API_URL")
-        with self.opened_to_move() if is_told_of_a_server else self.opened():
+        with self.opened_with_prefect() if is_told_of_a_server else self.opened():
             return in_thread(lambda: asyncio.run(read_status(self.folder, place.variables)))
 
     def arrivals(self) -> list[ListedArrival]:

@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from flows.branch import BranchPlan, BranchResult
     from flows.champions import EvaluateResult
     from flows.relearn import RelearnPlan
+    from flows.watch import WatchResult
     from infra.branches import KnownBranch
     from infra.promotions import Decision, LeftBehind, Move
     from tasks.arrivals import HeldArrival
     from tasks.lineage.consolidation import ConsolidationPlan, Start
     from tasks.lineage.history import HistoryEntry
     from tasks.lineage.requests import LabelsResult, RenewalResult
-    from tasks.lineage.settings import LineageWithPause
+    from tasks.lineage.settings import LineageWithPause, WatchedLineage
     from tasks.monitoring.feedback import FeedbackResult
     from tasks.monitoring.harvest import HarvestResult
     from tasks.monitoring.look import MonitorResult
@@ -154,6 +155,31 @@ class Lineage:
         result: AdaptResult = self.home.train(Adapt(spec=spec, again=force), reporter=reporter, trains=True)
         return result
 
+    def watch(
+        self, spec: WatchedLineage | None = None, *, once: bool = False, poll_seconds: float = 2.0
+    ) -> WatchResult:
+        """Learn what lands in the inbox (STORE/inbox/TASK/NAME), each file once, until the call is stopped.
+
+        The watch and its trainings run in a process of their own. A stop ends it at its next step.
+
+        Args:
+            spec: The settings; None: those of the lineage's file.
+            once: Learn what is there, then end.
+            poll_seconds: Time between two looks.
+
+        Raises:
+            ConfigError: The lineage does not learn from the inbox.
+        """
+        from deal_pipeline.training import Watch
+
+        if spec is None:
+            from tasks.lineage.settings import read_lineage
+
+            with self.home.opened() as store:
+                spec = read_lineage(store, self.name)
+        result: WatchResult = self.home.train(Watch(spec=spec, once=once, poll_seconds=poll_seconds))
+        return result
+
     def check(
         self,
         data: Rows,
@@ -197,7 +223,7 @@ class Lineage:
         Raises:
             NoVersionError: The lineage has no version.
         """
-        with self.home.opened_to_move():
+        with self.home.opened_with_prefect():
             from tasks.lineage.promotion import find_left_behind
 
             return find_left_behind(self.name)
@@ -575,7 +601,7 @@ class Lineage:
         Raises:
             RegistryError: The version cannot become champion.
         """
-        with self.home.opened_to_move():
+        with self.home.opened_with_prefect():
             from tasks.lineage.promotion import promote_to
 
             decision = promote_to(self.name, str(version), who=self.home.who, why=why)
@@ -593,7 +619,7 @@ class Lineage:
         Raises:
             RegistryError: There is no such version, or the gate has rejected it.
         """
-        with self.home.opened_to_move():
+        with self.home.opened_with_prefect():
             from tasks.lineage.promotion import roll_back
 
             decision = roll_back(self.name, _number(version), who=self.home.who, why=why)
@@ -605,7 +631,7 @@ class Lineage:
         Raises:
             RegistryError: The version is champion, or was rejected already.
         """
-        with self.home.opened_to_move():
+        with self.home.opened_with_prefect():
             from tasks.lineage.promotion import reject_version
 
             decision = reject_version(self.name, str(version), who=self.home.who, why=why)
@@ -626,7 +652,7 @@ class Lineage:
 
             with self.home.opened():
                 return RolloutLook(status=look_at_rollout(self.name))
-        with self.home.opened_to_move():
+        with self.home.opened_with_prefect():
             from flows.champions import check_rollout
 
             look = check_rollout(self.name)
@@ -642,7 +668,7 @@ class Lineage:
         Raises:
             RegistryError: No version is tried, or it cannot become champion.
         """
-        with self.home.opened_to_move():
+        with self.home.opened_with_prefect():
             from flows.champions import finish_rollout
 
             decision = finish_rollout(self.name, who=self.home.who, why=why)
@@ -656,7 +682,7 @@ class Lineage:
         Raises:
             RegistryError: No version is tried.
         """
-        with self.home.opened_to_move():
+        with self.home.opened_with_prefect():
             from flows.champions import abort_rollout
 
             decision = abort_rollout(self.name, who=self.home.who, why=why)
@@ -671,7 +697,7 @@ class Lineage:
         self.home.load("prefect", "infra.tracking.tracker")
         from flows.promote import tell_once
 
-        with self.home.opened_to_move():
+        with self.home.opened_with_prefect():
             return in_thread(lambda: tell_once(decision))
 
     # --- give away ---

@@ -60,3 +60,13 @@ class CheckedRows:
     """What a run takes; None: --plan was not given, or the rows are refused."""
     arrival: ScoredArrival | None = None
     """What the champion answers to the training rows; None: it does not know the task, or --no-score was given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchedBase:
+    """A base model that runs can use without a network."""
+
+    source: str
+    """The name, Hub id, folder or file that was given."""
+    folder: str
+    """The folder that it is in."""

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, Field
 
+from tasks.lineage.settings import WatchedLineage
 from tasks.spec import AdaptSpec
 
 
@@ -126,6 +127,27 @@ class Relearn(_Training, frozen=True):
         return BranchResult
 
 
+class Watch(_Training, frozen=True):
+    """Learn what lands in the inbox."""
+
+    kind: Literal["watch"] = "watch"
+    spec: WatchedLineage
+    once: bool = False
+    poll_seconds: float = 2.0
+
+    def start(self) -> Coroutine[Any, Any, Any]:
+        """Return the flow's coroutine."""
+        from flows.watch import watch
+
+        return watch(self.spec, once=self.once, poll_seconds=self.poll_seconds)
+
+    def result_type(self) -> Any:
+        """Return the type of the result."""
+        from flows.watch import WatchResult
+
+        return WatchResult
+
+
 class GiveUp(_Training, frozen=True):
     """End an open branch. It trains nothing, but its flow calls another flow, which needs Prefect's API."""
 
@@ -146,5 +168,5 @@ class GiveUp(_Training, frozen=True):
         return KnownBranch
 
 
-Training: TypeAlias = Adapt | Requeue | Consolidate | Rebase | Relearn | GiveUp
+Training: TypeAlias = Adapt | Requeue | Consolidate | Rebase | Relearn | Watch | GiveUp
 AnyTraining: TypeAlias = Annotated[Training, Field(discriminator="kind")]

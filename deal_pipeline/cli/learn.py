@@ -115,12 +115,7 @@ def adapt(
 
         watched = watched_from_options(deal.store, spec, tasks=task or None, lineage=lineage, settings=settings or ())
 
-        def start_watch() -> Coroutine[Any, Any, WatchResult]:
-            from flows.watch import watch as watch_flow
-
-            return watch_flow(watched, once=once, poll_seconds=poll or 2.0)
-
-        seen = deal.run(start_watch)
+        seen = deal.lineage(watched.lineage).watch(watched, once=once, poll_seconds=poll or 2.0)
         return CommandResult(seen, show_watch(seen), failed=seen.num_refused > 0, rejected=seen.num_rejected > 0)
     if once or poll is not None or (task is not None and len(task) > 1):
         raise ConfigError("--once, --poll and several tasks go with --watch; one adaptation has one task.")

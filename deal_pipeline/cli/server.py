@@ -271,11 +271,7 @@ def sync(
     lineages: Annotated[list[str] | None, Argument(help="Lineages.", show_default="all with a version")] = None,
 ) -> CommandResult[list[Synced]]:
     """Write into MLflow what it lacks of the store: runs, models, versions and aliases."""
-    from flows.mlflow import sync_mlflow
-    from tasks.progress import reporting_to
-
-    with reporting_to(deal.screen):
-        synced = asyncio.run(sync_mlflow.fn(tuple(lineages or ())))
+    synced = deal.service.sync(*lineages or ())
     shown = []
     for result in synced:
         name = result.lineage

@@ -25,7 +25,7 @@ subclasses of `deal_core.errors.DealError`; each has a `code` that stays when it
 """
 
 
-INNER = {"load", "train", "run", "computing", "of_command", "opened_to_move", "place"}
+INNER = {"load", "train", "run", "computing", "of_command", "opened_with_prefect", "place"}
 """Methods of `Home` that only other parts of the project call."""
 
 
