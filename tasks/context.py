@@ -1,4 +1,4 @@
-"""The store, the work folders and the locks of this process, as the environment names them."""
+"""The store, the work folders and the locks of the present place (`infra.settings.at_place`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _opened: set[tuple[str | None, str]] = set()
 
 
 def current_store() -> ObjectStore:
-    """Return the object store that the environment names. Its format is read once per process.
+    """Return the object store of the present place. Its format is read once per process.
 
     Raises:
         ConfigError: The address is not valid, or another release made the store (`FormatError`).
