@@ -170,11 +170,6 @@ class Session:
 
         return current_store()
 
-    @property
-    def account(self) -> str:
-        """Name of the account that runs this process."""
-        return self.service.who
-
     def run(
         self,
         start: Callable[[], Coroutine[Any, Any, Result]],
