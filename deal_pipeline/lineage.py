@@ -120,23 +120,11 @@ class Lineage:
             ConfigError: The data or a setting cannot be used. Nothing is lost.
             DataValidationError: The whole file is refused.
         """
-        require(task, str | Mapping, "the argument task", "a name, or the section task of a spec as a dict")
-        require(settings, Mapping | None, "the argument settings", "a dict of a spec's sections")
-        if settings and "task" in settings:
-            raise ConfigError("The settings have a section task; give it as the argument task.", code="argument")
-        from tasks.lineage.settings import spec_from_values
-
-        arrival: dict[str, Any] = {"name": task} if isinstance(task, str) else dict(task)
         folder, tables = self.home.folder / "tables", list[Path]()
         learned = _Learned(self.home.reporter)
         is_needed = False
         try:
-            arrival["data"] = as_file(data, folder, tables)
-            if (test_rows := arrival.get("test_data") if test_data is None else test_data) is not None:
-                arrival["test_data"] = as_file(test_rows, folder, tables)
-            values = {**(settings or {}), "task": arrival}
-            with self.home.opened() as store:
-                spec = spec_from_values(store, values, lineage=self.name, base_model=base, strategy=strategy)
+            spec = self._spec_of(data, task, test_data, settings, folder, tables, base_model=base, strategy=strategy)
             result = self.learn(spec, force=force, reporter=learned)
             is_needed = result.status != "repeat"
         finally:
@@ -206,16 +194,33 @@ class Lineage:
             ConfigError: An argument cannot be used.
             DataValidationError: The file cannot be read.
         """
+        with tempfile.TemporaryDirectory(prefix="deal-") as folder:
+            spec = self._spec_of(data, task, test_data, settings, Path(folder), [])
+            return self.home.check(spec, with_model=with_model, score=score, plan=plan)
+
+    def _spec_of(
+        self,
+        data: Rows,
+        task: str | Mapping[str, Any],
+        test_data: Rows | None,
+        settings: Mapping[str, Any] | None,
+        folder: Path,
+        tables: list[Path],
+        **options: str | None,
+    ) -> AdaptSpec:
+        """Make a spec of the arguments of `adapt`, over the lineage's file. Tables become files in `folder`."""
         from tasks.lineage.settings import spec_from_values
 
-        with tempfile.TemporaryDirectory(prefix="deal-") as folder:
-            arrival: dict[str, Any] = {"name": task} if isinstance(task, str) else dict(task)
-            arrival["data"] = as_file(data, Path(folder), [])
-            if test_data is not None:
-                arrival["test_data"] = as_file(test_data, Path(folder), [])
-            with self.home.opened() as store:
-                spec = spec_from_values(store, {**(settings or {}), "task": arrival}, lineage=self.name)
-            return self.home.check(spec, with_model=with_model, score=score, plan=plan)
+        require(task, str | Mapping, "the argument task", "a name, or the section task of a spec as a dict")
+        require(settings, Mapping | None, "the argument settings", "a dict of a spec's sections")
+        if settings and "task" in settings:
+            raise ConfigError("The settings have a section task; give it as the argument task.", code="argument")
+        arrival: dict[str, Any] = {"name": task} if isinstance(task, str) else dict(task)
+        arrival["data"] = as_file(data, folder, tables)
+        if (test_rows := arrival.get("test_data") if test_data is None else test_data) is not None:
+            arrival["test_data"] = as_file(test_rows, folder, tables)
+        with self.home.opened() as store:
+            return spec_from_values(store, {**(settings or {}), "task": arrival}, lineage=self.name, **options)
 
     def left_behind(self) -> tuple[LeftBehind, ...]:
         """Return the accepted arrivals that the champion has not learned, oldest first.

@@ -207,10 +207,11 @@ def test_a_home_leaves_the_environment_as_it_is(tmp_path: Path, monkeypatch: pyt
 
 def test_a_lineage_that_has_learned_nothing_has_no_history(tmp_path: Path) -> None:
     lineage = Lineage("none", home=tmp_path)
-    assert (lineage.history(), lineage.champion, lineage.held()) == ([], None, ())
-    with pytest.raises(DealError) as refused:
-        lineage.matrix()
-    assert refused.value.code == "version"
+    assert (lineage.champion, lineage.held()) == (None, ())
+    for look, code in ((lineage.history, "no-version"), (lineage.matrix, "version")):
+        with pytest.raises(DealError) as refused:
+            look()
+        assert refused.value.code == code
     assert not list(tmp_path.iterdir()), "looking makes nothing"
 
 
