@@ -213,6 +213,8 @@ class Lineage:
 
         require(task, str | Mapping, "the argument task", "a name, or the section task of a spec as a dict")
         require(settings, Mapping | None, "the argument settings", "a dict of a spec's sections")
+        for section in settings or {}:
+            require(section, str, "a key of the argument settings", "the name of a spec's section")
         if settings and "task" in settings:
             raise ConfigError("The settings have a section task; give it as the argument task.", code="argument")
         arrival: dict[str, Any] = {"name": task} if isinstance(task, str) else dict(task)
