@@ -244,12 +244,12 @@ class Home:
             from transformers.utils import logging as transformers_logging
 
             shows = transformers_logging.is_progress_bar_enabled()
-            transformers_logging.disable_progress_bar()
+            transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
             try:
                 yield
             finally:
                 if shows:
-                    transformers_logging.enable_progress_bar()
+                    transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
     # --- what concerns the whole home ---
 

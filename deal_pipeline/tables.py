@@ -54,7 +54,7 @@ def as_file(data: Rows, folder: Path, written: list[Path]) -> str:
             code="argument",
         )
     lines = []
-    for number, row in enumerate(data if is_list else (), start=1):
+    for number, row in enumerate(table if is_list else (), start=1):
         require(row, Mapping, f"row {number} of the data", "a dict with the columns that a file would have")
         try:
             lines.append(json.dumps(row) + "\n")
@@ -69,9 +69,9 @@ def as_file(data: Rows, folder: Path, written: list[Path]) -> str:
         if is_list:
             file.write_text("".join(lines), encoding="utf-8")
         elif is_frame:
-            data.to_parquet(file, index=False)
+            table.to_parquet(file, index=False)
         else:
-            data.to_parquet(file)
+            table.to_parquet(file)
     except OSError as error:
         raise StoreError(f"The table cannot be written to {file} ({error.strerror}); check the home.") from None
     except Exception as error:  # the cells may be of any type, and each has its own errors

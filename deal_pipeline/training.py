@@ -93,7 +93,8 @@ class Rebase(_Training, frozen=True):
         """Return the flow's coroutine."""
         from flows.rebase import rebase
 
-        return rebase(**self.model_dump(exclude={"kind"}))
+        running: Coroutine[Any, Any, Any] = rebase(**self.model_dump(exclude={"kind"}))
+        return running
 
     def result_type(self) -> Any:
         """Return the type of the result."""
@@ -118,7 +119,8 @@ class Relearn(_Training, frozen=True):
         """Return the flow's coroutine."""
         from flows.relearn import relearn
 
-        return relearn(**self.model_dump(exclude={"kind"}))
+        running: Coroutine[Any, Any, Any] = relearn(**self.model_dump(exclude={"kind"}))
+        return running
 
     def result_type(self) -> Any:
         """Return the type of the result."""
