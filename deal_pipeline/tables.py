@@ -42,12 +42,9 @@ def as_file(data: Rows, folder: Path, written: list[Path]) -> str:
         raise ConfigError(
             f"The data is a dict of {keys}; give one split of it, or its rows as a list of dicts.", code="argument"
         )
-    is_list, is_frame, is_dataset = (
-        isinstance(data, list),
-        _is_of(data, "pandas.DataFrame"),
-        _is_of(data, "datasets.Dataset"),
-    )
-    if not (is_list or is_frame or is_dataset):
+    table: Any = data  # the library of its class may not be installed
+    is_list, is_frame = isinstance(table, list), _is_of(table, "pandas.DataFrame")
+    if not (is_list or is_frame or _is_of(table, "datasets.Dataset")):
         raise ConfigError(
             f"The data is {kind_of(data)}; give a file, an address, a list of rows as dicts, a pandas DataFrame or a "
             "datasets.Dataset.",
