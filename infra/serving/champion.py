@@ -4,8 +4,8 @@ A thread watches the promotion log in the store. When the champion moves, the th
 the adapter. If this fails, or the store does not answer, the loaded version continues to serve.
 
 An `Answerer` computes the answers in this process, or `Engines` lets vLLM servers compute them. This module and
-`infra.serving.rollout` call their methods `ask`, `swap`, `add_candidate`, `drop_candidate`, `drain` and `stop`. The web
-application knows only `Champion`.
+`infra.serving.rollout` call their methods `reply`, `swap`, `add_candidate`, `drop_candidate`, `drain` and `stop`. The
+web application knows only `Champion`, and asks it in its event loop.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from infra.promotions import Move, PromotionLog
 from infra.serving.engines import Engines
 from infra.serving.prediction_log import LOG, PredictionLog
 from infra.serving.rollout import Rollout, try_to_load, with_tasks
+from infra.serving.tracing import note as note_on_trace
 from infra.settings import HomeSettings, ServingSettings
 from infra.store.base import ObjectStore
 from infra.store.local import FileStore
@@ -87,6 +88,16 @@ class Champion:
         self.rollout: Rollout | None = None
         """The version that is tried next to the champion; None: no version was loaded yet."""
 
+    async def __aenter__(self) -> Champion:
+        """Look after the engines, if there are any, from before `begin` to the end."""
+        if self._engines is not None:
+            await self._engines.__aenter__()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._engines is not None:
+            await self._engines.__aexit__()
+
     def state(self) -> dict[str, Any]:
         """Return the body of GET /version."""
         return {
@@ -124,16 +135,15 @@ class Champion:
         """Number of the version that answers a share of the requests; None: none does."""
         return None if self.rollout is None else self.rollout.canary
 
-    def ask(
+    async def ask(
         self,
         rows: Sequence[InputRow],
-        is_given_up: Callable[[], bool],
         key: str | None = None,
         version: str | None = None,
         sampling: Sampling | None = None,
         ids: Sequence[str] = (),
     ) -> Answered:
-        """Answer rows, all with one version, and log the answers; errors are those of `Answerer.ask`.
+        """Answer rows, all with one version, and log the answers; errors are those of `Answerer.submit`.
 
         `sampling` is for engines, and `ids` are the rows' ids in the log, if the client has got them already.
 
@@ -146,12 +156,14 @@ class Champion:
             raise GivenUpError(f"No version of '{self.lineage}' serves until its versions are made again; ask again.")
         begun, served = time.perf_counter(), self.served
         named = with_tasks(rows, served)
-        tried = self.rollout.ask(named, served, is_given_up, key, version, sampling, ids)
+        note_on_trace(lineage=self.lineage, task=",".join(sorted({str(row.task) for row in named})))
+        tried = await self.rollout.ask(named, served, key, version, sampling, ids)
         if isinstance(tried, Answered):
+            note_on_trace(version=tried.version)
             return tried._replace(served=served)
         log_refusal = tried
         try:
-            answered = self._answerer.ask(rows, is_given_up, sampling=sampling)
+            answered = await self._answerer.reply(rows, sampling=sampling)
         except (ConfigError, GivenUpError):  # what both versions refuse counts for neither
             raise
         except Exception:
@@ -160,6 +172,7 @@ class Champion:
                 self.log.note_failure(rows, served, self._answerer.version, time.perf_counter() - begun)
             raise
         log_refusal()
+        note_on_trace(version=answered.version)
         if self.log is None or version not in (None, answered.version):
             return answered
         answered = self.log.note(rows, answered, time.perf_counter() - begun, ids=ids)
