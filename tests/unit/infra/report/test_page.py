@@ -67,8 +67,8 @@ def verdict(**changes: object) -> str:
 def test_the_verdict_comes_first_with_every_reason() -> None:
     page = render()
     body = page[page.index("<body>") :]
-    verdict = f"Version 4 of support, trained on {TASKS[2]}, was rejected by the gate; version 2 stays champion."
-    places = [body.index(text) for text in (verdict, *REASONS, "Accuracy of every version")]
+    sentence = f"Version 4 of support, trained on {TASKS[2]}, was rejected by the gate; version 2 stays champion."
+    places = [body.index(text) for text in (sentence, *REASONS, "Accuracy of every version")]
     assert places == sorted(places)
     assert verdict(branch=1).endswith("was rejected by the gate; branch 1 stays at version 2.")
     assert "there is no champion yet" in verdict(parent_version=None)
