@@ -15,7 +15,14 @@ from infra.promotions import Move, PromotionLog
 from infra.store.format import write_format
 from infra.versions import Version, Versions
 from tasks.context import current_store
-from tasks.lineage.promotion import find_left_behind, promote_accepted, promote_to, reject_version, roll_back
+from tasks.lineage.promotion import (
+    find_left_behind,
+    is_overtaken,
+    promote_accepted,
+    promote_to,
+    reject_version,
+    roll_back,
+)
 from tasks.lineage.promotion import left_behind as left_behind_by
 from tasks.lineage.tombstones import Tombstone, put_tombstone
 from tests.stored_versions import move, put_version, version
@@ -94,7 +101,7 @@ def test_a_run_promotes_its_version_once_and_none_that_a_person_refused_or_anoth
     assert champion() == "1" and left_behind() == ["2"]
     put(3, 1)
     reject_version("l", "3", who="tester", why="a test")
-    put(4, 2)
+    assert is_overtaken(store, put(4, 2)) and not is_overtaken(store, put(5, 1))
     for number in ("3", "4"):
         with pytest.raises(RegistryError):
             promote(number)
