@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from prefect import flow
 from pydantic import BaseModel
 
 from deal_core.errors import ConfigError, DataValidationError, RegistryError, StoreError, in_one_line
-from flows.adapt import learn_arrival
+from flows.adapt import learn
 from flows.forget import forget
 from flows.lock import lock_lineage
 from flows.mlflow import mirror
-from flows.requeue import spec_to_relearn
 from infra.branches import (
     Attestation,
     Branch,
     BranchEnd,
     Branches,
+    Head,
     KnownBranch,
     Lost,
     Remade,
-    Step,
     is_swapped,
     made_by,
     tip_of,
@@ -31,19 +29,15 @@ from infra.branches import (
 from infra.promotions import PromotionLog
 from infra.run_journal import RunJournal
 from infra.store.base import ObjectStore
-from infra.store.keys import TRAIN_FILE
 from infra.versions import Version, Versions
+from tasks.adaptation.ingest import needs_retained_rows
 from tasks.adaptation.resume import finish_newest, read_findings
-from tasks.adaptation.run import Remake
 from tasks.context import current_store
 from tasks.lineage.branch import require_no_branch, require_unmoved, serve_again
-from tasks.lineage.datasets import retains_training_rows
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
-from tasks.lineage.requests import AskedFor
 from tasks.lineage.tombstones import find_tombstone
 from tasks.progress import reporter, to_the_end
-from tasks.references import DatasetRef
 from tasks.spec import AdaptSpec, parse
 
 
@@ -76,15 +70,25 @@ class BranchResult(BaseModel, frozen=True):
     """These test rows, by task."""
 
 
-def plan_steps(
+class RelearnableArrivals(NamedTuple):
+    """What can be learned again of a line of versions."""
+
+    arrivals: dict[str, str]
+    """As in `Branch`."""
+    lost: tuple[Lost, ...]
+    seconds: float
+    """How long the runs took before."""
+
+
+def find_relearnable(
     store: ObjectStore,
     line: Sequence[Version],
     *,
     root: str | None = None,
     without: Collection[str] = (),
     files: Collection[str] = (),
-) -> tuple[tuple[Step, ...], tuple[Lost, ...], float]:
-    """Return what can be learned again of a line of versions, oldest first, what cannot, and how long it took before.
+) -> RelearnableArrivals:
+    """Find what can be learned again of a line of versions, oldest first, and what cannot.
 
     An arrival whose file is gone is learned from the rows that the store retains, if it does.
 
@@ -95,46 +99,26 @@ def plan_steps(
         without: Digests of datasets that are left out.
         files: Digests of files that are about to be deleted.
     """
-    labels: dict[str, dict[str, None]] = defaultdict(dict)
     numbers = [version.version for version in line]
     num_before = numbers.index(root) + 1 if root else 0
     known = {version.task for version in line[:num_before]}
-    steps: list[Step] = []
+    arrivals: dict[str, str] = {}
     lost, seconds, journal = [], 0.0, RunJournal(store)
-    for place, version in enumerate(line):
-        if version.is_consolidation:  # the arrivals that it learned together are in the line too, each by itself
+    for version in line[num_before:]:
+        # The arrivals that a consolidation learned together are in the line too, each by itself.
+        if version.is_consolidation or version.dataset_sha256 in without:
             continue
-        is_kept, is_left_out = False, place < num_before or version.dataset_sha256 in without
         try:
-            dataset = read_findings(version.adapter_uri).dataset
-            labels[version.task] |= dict.fromkeys(dataset.new_labels)
-            if is_left_out:
-                continue
-            try:
-                if set(spec_to_relearn(version)[1]) & set(files):
-                    raise DataValidationError("one of its files is deleted with the arrival; land it without that file")
-            except (DataValidationError, StoreError):
-                has_tests = dataset.num_test > 0 or version.task in known
-                is_kept = has_tests and store.exists(f"{dataset.uri}/{TRAIN_FILE}")
-                if not is_kept or not retains_training_rows(store, dataset.uri):
-                    raise
+            needs_retained_rows(store, version, knows_task=version.task in known, deleted=files)
         except (DataValidationError, StoreError) as error:
-            if not is_left_out:
-                lost.append(Lost(version=version.version, task=version.task, why=in_one_line(error)))
+            lost.append(Lost(version=version.version, task=version.task, why=in_one_line(error)))
             continue
-        step = Step(
-            version=version.version,
-            task=version.task,
-            labels=tuple(labels[version.task]),
-            renews_tests=dataset.renews_tests,
-            is_kept=is_kept,
-        )
-        steps.append(step)
+        arrivals[version.version] = version.task
         known.add(version.task)
         run = journal.find(version.lineage, version.run_key)
         took = (run.ended - run.started).total_seconds() if run and run.ended else 0.0
         seconds += max(took, version.train_seconds)
-    return tuple(steps), tuple(lost), seconds
+    return RelearnableArrivals(arrivals, tuple(lost), seconds)
 
 
 def require_quiet(store: ObjectStore, lineage: str) -> Version:
@@ -177,59 +161,41 @@ def begin(branch: Branch, *, accept_lost: bool) -> None:
 
 
 async def grow(branch: Branch, *, skip_rejected: bool) -> Version | str:
-    """Learn the steps of a branch that are not done yet; return its tip, or why it stopped.
+    """Learn the arrivals of a branch that are not learned yet; return its tip, or why it stopped.
 
-    The caller holds the lineage. A step whose version its gate rejects, or whose file is refused, stops the branch;
-    with `skip_rejected` the next step continues the version before.
+    The caller holds the lineage. A version that its gate rejects, or a file that is refused, stops the branch; with
+    `skip_rejected` the next arrival continues the version before.
 
     Raises:
         ChampionMovedError: A person has moved the champion since the branch began.
     """
-    store, lineage, num_steps = current_store(), branch.lineage, len(branch.steps)
+    store, lineage, head = current_store(), branch.lineage, Head(lineage=branch.lineage, branch=branch.number)
     await to_the_end(finish_newest, store, lineage)
     go_on = f"Go on without it: {branch.command} --skip-rejected"
     # A killed process may have written no end after the swap; nothing is learned any more.
-    steps = () if is_swapped(branch, PromotionLog(store).moves(lineage)) else branch.steps
-    for number, step in enumerate(steps, 1):
-        versions = Versions(store).all(lineage)
-        if (made := made_by(branch, versions).get(step.version)) is None:
+    arrivals = {} if is_swapped(branch, PromotionLog(store).moves(lineage)) else branch.arrivals
+    for place, (number, task) in enumerate(arrivals.items(), 1):
+        made = made_by(branch, Versions(store).all(lineage)).get(number)
+        if made is None:
             require_unmoved(store, branch)  # what is trained now could not be swapped in
-            reporter().said(f"Branch {branch.number} of {lineage}, arrival {number} of {num_steps}: {step.task}")
-            before = find_version(store, lineage, step.version)
-            parent = tip_of(branch, versions)
-            remake = Remake(
-                branch=branch.number,
-                version=step.version,
-                parent=parent,
-                asked=AskedFor(step.labels, step.renews_tests),
-                dataset=_kept_dataset(store, step, before, parent) if step.is_kept else None,
-            )
+            reporter().said(f"Branch {branch.number} of {lineage}, arrival {place} of {len(arrivals)}: {task}")
+            before = find_version(store, lineage, number)
             try:
-                spec = _spec_of(store, branch, step, before)
-                run = await learn_arrival(spec, False, requeued_sha256=before.dataset_sha256, remake=remake)
+                result = await learn(_spec_of(store, branch, before), head, relearns=before)
             except DataValidationError as error:
                 if not skip_rejected:
-                    refused = f"the arrival of version {step.version} ({step.task}) is refused"
+                    refused = f"the arrival of version {number} ({task}) is refused"
                     return f"{refused}: {in_one_line(error)} {go_on}"
                 reporter().said(f"Left out: {in_one_line(error)}")
                 continue
-            made = find_version(store, lineage, run.version)
+            made = find_version(store, lineage, result.version)
         if not made.accepted and not skip_rejected:
             reasons = " ".join(made.reasons)
             return f"version {made.version} ({made.task}) did not pass its gate: {reasons} {go_on}"
     return tip_of(branch, Versions(store).all(lineage)) or "no arrival passed its gate, so nothing could serve"
 
 
-def _kept_dataset(store: ObjectStore, step: Step, version: Version, parent: Version | None) -> DatasetRef:
-    """Return a version's dataset, with the labels that its task lacks in the new parent."""
-    dataset = read_findings(version.adapter_uri).dataset
-    known = read_record(store, parent).task(step.task) if parent else None
-    new = [label for label in step.labels if known is not None and label not in known.schema.labels]
-    # it adds no test rows: their texts may have been learned in the branch
-    return dataset.model_copy(update={"new_labels": tuple(new), "num_added": 0})
-
-
-def _spec_of(store: ObjectStore, branch: Branch, step: Step, version: Version) -> AdaptSpec:
+def _spec_of(store: ObjectStore, branch: Branch, version: Version) -> AdaptSpec:
     """Return the spec that learns a version's arrival again. What it left to the lineage is as it was."""
     record = read_record(store, version)
     settled = {
@@ -237,26 +203,23 @@ def _spec_of(store: ObjectStore, branch: Branch, step: Step, version: Version) -
         "strategy": record.strategy,
         "adapter": record.adapter,
     }
-    if step.is_kept:
-        spec = parse(AdaptSpec, read_findings(version.adapter_uri).spec, f"version {version.version}")
-    else:
-        spec = spec_to_relearn(version)[0]
+    spec = parse(AdaptSpec, read_findings(version.adapter_uri).spec, f"version {version.version}")
     return spec.model_copy(update=settled)
 
 
 def remade_by(branch: Branch) -> tuple[Remade, ...]:
-    """Return what a branch has made, in the order of its steps."""
+    """Return what a branch has made, in the order of its arrivals."""
     made = made_by(branch, Versions(current_store()).all(branch.lineage))
     return tuple(
         Remade(
             version=version.version,
-            remakes=step.version,
-            task=step.task,
+            remakes=number,
+            task=task,
             accepted=version.accepted,
             adapter_sha256=version.adapter_sha256,
         )
-        for step in branch.steps
-        if (version := made.get(step.version)) is not None
+        for number, task in branch.arrivals.items()
+        if (version := made.get(number)) is not None
     )
 
 

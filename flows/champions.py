@@ -19,7 +19,7 @@ from tasks.lineage.promotion import promote_to, reject_version
 from tasks.monitoring.harvest import HarvestResult, harvest_feedback
 from tasks.monitoring.look import MonitorResult, look_at
 from tasks.monitoring.rollout import RolloutLook, look_at_rollout, require_open
-from tasks.progress import Interrupted, Stages, reporter
+from tasks.progress import Interrupted, in_stage, reporter, stage_done, stage_times, time_stages
 from tasks.references import VersionScores
 
 logger = logging.getLogger(__name__)
@@ -77,17 +77,17 @@ async def evaluate(lineage: str, version: str | None = None) -> EvaluateResult:
     Raises:
         RegistryError: There is no such version.
     """
-    stages = Stages()
+    time_stages()
     scored = find_version(current_store(), lineage, version)
-    scores = await stages.run("evaluate", score_version, scored)
-    stages.done("evaluate", f"{sum(scores.num_rows.values())} rows")
+    scores = await in_stage("evaluate", score_version, scored)
+    stage_done("evaluate", f"{sum(scores.num_rows.values())} rows")
     for task, value in scores.accuracies.items():
         if (before := scores.recorded.get(task, 0.0)) > value:
             reporter().said(
                 f"Version {scored.version} of {lineage} scores {value:.1%} on {task}, "
                 f"below the {before:.1%} that its own run found."
             )
-    seconds = stages.seconds["evaluate"]
+    seconds = stage_times()["evaluate"]
     return EvaluateResult(lineage=lineage, version=scored.version, seconds=seconds, **vars(scores))
 
 
@@ -110,10 +110,10 @@ async def monitor(lineage: str, data: str | None = None, new_reference: bool = F
         data: File of answers that another server gave, instead of the prediction log. Nothing is announced then.
         new_reference: Compare with the present live rows from now on, until another version is champion.
     """
-    stages = Stages()
-    result = await stages.run("compare", look_at, lineage, data, new_reference)
+    time_stages()
+    result = await in_stage("compare", look_at, lineage, data, new_reference)
     left_out = f"; {result.num_faulty} rows cannot be read and were left out" if result.num_faulty else ""
-    stages.done("compare", (result.problem or f"{result.num_rows} rows of version {result.version}") + left_out)
+    stage_done("compare", (result.problem or f"{result.num_rows} rows of version {result.version}") + left_out)
     for alarm in result.new_alarms:
         reporter().said(f"{lineage}, {alarm.task}: {alarm.kind}. {'; '.join(alarm.reasons)}")
     return result

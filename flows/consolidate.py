@@ -1,40 +1,33 @@
 """Consolidate: learn what is left of all arrivals of a lineage together, as one version that the gate judges.
 
-The stages are those of `flows.adapt`, so a run that was killed goes on in the same way. The command and the watch of a
+`learn` of `flows.adapt` does it, so a run that was killed goes on in the same way. The command and the watch of a
 lineage start it.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from prefect import flow
 
-from flows.adapt import AdaptResult, announcing_failure, failing, finish, result_of
+from flows.adapt import learn
+from flows.adapt_result import AdaptResult
 from flows.lock import lock_lineage
+from infra.branches import Head
 from infra.lineage_state import read_ended, read_state
 from infra.store.base import ObjectStore
 from infra.versions import Version, Versions, champion_of
-from tasks.adaptation import run as runs
 from tasks.adaptation.consolidate import plan_consolidation
-from tasks.adaptation.general import require_suites
 from tasks.adaptation.resume import find_parent, read_findings
-from tasks.adaptation.run import RunInputs, prepare
-from tasks.adaptation.train import PLAIN
 from tasks.arrival_states import is_of
-from tasks.base import refuse_what_cannot_fit
 from tasks.context import current_store
 from tasks.inbox import Arrival, InboxLook
-from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy
 from tasks.lineage.consolidation import ConsolidationPlan, Start, spent_by, why_due
 from tasks.lineage.history import find_version
-from tasks.lineage.record import read_record, require_same_base
+from tasks.lineage.record import read_record
 from tasks.lineage.settings import WatchedLineage, stored_lineage
-from tasks.mlflow_mirror import sync_lineage
-from tasks.progress import Stages
-from tasks.references import DatasetRef
+from tasks.notices import announcing_failure
 from tasks.spec import AdaptSpec, parse
 
 
@@ -44,7 +37,7 @@ def plan(lineage: str, start: Start | None = None) -> ConsolidationPlan:
     champion = find_version(store, lineage, None)
     settings = stored_lineage(store, lineage)
     record = read_record(store, champion)
-    return plan_consolidation(store, champion, record, start or _start_of(settings), _spec_of(champion, settings))
+    return plan_consolidation(champion, record, start or _start_of(settings), _spec_of(champion, settings))
 
 
 @flow(name="consolidate", flow_run_name="consolidate-{lineage}")
@@ -75,47 +68,10 @@ async def consolidate_locked(spec: WatchedLineage) -> AdaptResult:
 
 async def learn_together(lineage: str, start: Start, settings: WatchedLineage | None) -> AdaptResult:
     """Consolidate a lineage, and announce a failure. The caller holds the lineage."""
-    stages, store = Stages(), current_store()
     async with announcing_failure(lineage, None):
-        await stages.run("parent", find_parent, lineage)  # an interrupted move of the champion is completed
-        await stages.run("mlflow", sync_lineage, store, lineage)  # somebody may have moved the alias there
-        champion = find_version(store, lineage, None)
-        spec = _spec_of(champion, settings)
-        if champion.is_consolidation:  # such as one whose run was killed, and is complete now
-            dataset = read_findings(champion.adapter_uri).dataset
-            return _repeated(champion, dataset, "no arrival was learned since")
-        record = read_record(store, champion)
-        adapter, strategy = choose_adapter(spec, record), choose_strategy(spec, record)
-        await asyncio.to_thread(require_suites, spec.evaluate)  # rather now than after the training
-        planned = await stages.run("rows", plan_consolidation, store, champion, record, start, spec)
-        stages.done("rows", f"{planned.num_rows} rows of {len(planned.arrivals)} arrivals")
-        source, num_versions = choose_base(spec, record), len(record.matrix.trained)
-        await asyncio.to_thread(
-            refuse_what_cannot_fit, source, adapter, PLAIN, spec.method, spec.train, num_versions=num_versions
-        )
-        base = await stages.run("base", runs.identify_base, source, spec.train.quantize)
-        stages.done("base", base.name)
-        require_same_base(record, base)
-        inputs = RunInputs(
-            spec=spec,
-            dataset=planned.as_dataset(record.matrix.trained[-1]),
-            base=base,
-            adapter=adapter,
-            strategy=strategy,
-            parent=champion,
-            record=record,
-            attempt=0,
-            requeued_sha256=None,
-            consolidation=planned,
-        )
-        # By the key a run that was interrupted goes on.
-        if version := await stages.run("repeat", Versions(store).with_run_key, lineage, inputs.run_key):
-            why = f"has learned the same rows with the same settings: it is {version.standing}"
-            return _repeated(version, inputs.dataset, why)
-        run = await stages.run("start", runs.start_run, inputs)
-        async with failing(run):
-            adaptation = await stages.run("start", prepare, inputs, run)
-        return await finish(adaptation, stages)
+        await find_parent(Head(lineage=lineage))  # the champion may change: a run that was killed is completed
+        spec = _spec_of(find_version(current_store(), lineage, None), settings)
+    return await learn(spec, together=start)
 
 
 class ConsolidationLook(NamedTuple):
@@ -163,8 +119,3 @@ def _spec_of(champion: Version, settings: WatchedLineage | None) -> AdaptSpec:
     """The settings of a consolidation; its task is that of the champion's arrival, which only names it."""
     before = parse(AdaptSpec, read_findings(champion.adapter_uri).spec, f"version {champion.version}")
     return before if settings is None else settings.with_task(before.task)
-
-
-def _repeated(version: Version, dataset: DatasetRef, why: str) -> AdaptResult:
-    message = f"Nothing to do: version {version.version} of {version.lineage} is a consolidation, and {why}."
-    return result_of(version, dataset, status="repeat", message=message)

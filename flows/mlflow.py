@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from prefect import flow
 
 from flows.lock import LineageBusyError, lock_lineage
@@ -18,6 +20,11 @@ async def sync_mlflow(lineages: tuple[str, ...] = ()) -> list[Synced]:
     Args:
         lineages: Their names; empty: all lineages that have a version.
     """
+    return await mirror_all(lineages)
+
+
+async def mirror_all(lineages: Sequence[str] = ()) -> list[Synced]:
+    """Do what `sync_mlflow` does, without Prefect."""
     results = []
     for lineage in lineages or Versions(current_store()).lineages():
         raise_if_stopped()

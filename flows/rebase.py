@@ -10,7 +10,7 @@ from prefect import flow
 
 from deal_core.errors import ConfigError, DealError, in_one_line
 from deal_core.safe_text import listed
-from flows.branch import BranchPlan, BranchResult, begin, grow, plan_steps, require_quiet, stopped, swapped
+from flows.branch import BranchPlan, BranchResult, begin, find_relearnable, grow, require_quiet, stopped, swapped
 from flows.lock import lock_lineage
 from infra.branches import Branch, Branches
 from infra.fingerprints import read_fingerprint
@@ -51,18 +51,18 @@ def plan_rebase(lineage: str, base: str, *, who: str = "") -> BranchPlan:
     champion = require_quiet(store, lineage)
     if read_record(store, champion).base.source == base:
         raise ConfigError(f"Lineage '{lineage}' adapts {base} already; name another base model.")
-    steps, lost, seconds = plan_steps(store, descent(Versions(store).all(lineage), champion)[::-1])
+    arrivals, lost, seconds = find_relearnable(store, descent(Versions(store).all(lineage), champion)[::-1])
     branch = Branch(
         lineage=lineage,
         number=Branches(store).next_number(lineage),
         who=who,
         root=None,
         champion=champion.version,
-        steps=steps,
+        arrivals=arrivals,
         lost=lost,
         base_model=base,
     )
-    if not steps:
+    if not arrivals:
         why = "; ".join(each.why for each in lost)
         raise ConfigError(f"No arrival of '{lineage}' can be learned again, so nothing could serve: {why}")
     return BranchPlan(branch=branch, seconds=seconds)

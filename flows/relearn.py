@@ -8,7 +8,7 @@ from typing import Any, get_args
 from prefect import flow
 
 from deal_core.errors import ConfigError
-from flows.branch import BranchPlan, BranchResult, begin, grow, plan_steps, require_quiet, stopped, swapped
+from flows.branch import BranchPlan, BranchResult, begin, find_relearnable, grow, require_quiet, stopped, swapped
 from flows.forget import forget
 from flows.lock import lock_lineage
 from infra.branches import Attestation, Branch, Branches, DeletedRows, Judgement
@@ -58,8 +58,8 @@ def plan_relearn(lineage: str, named: str, *, stops_serving: bool = False, who: 
     # What came after the newest version that never saw the rows is made again. A consolidation from the base model may
     # stand between older versions that saw them and a champion that did not.
     root = next((version.version for version in reversed(line) if version.version not in affected), None)
-    steps, lost, seconds = plan_steps(store, line, root=root, without=sha256s, files=plan.files)
-    if root is None and not steps:
+    arrivals, lost, seconds = find_relearnable(store, line, root=root, without=sha256s, files=plan.files)
+    if root is None and not arrivals:
         raise ConfigError(
             f"Without arrival {plan.sha256[:12]} lineage '{lineage}' has learned nothing that can be learned again, so "
             "no version would serve. Delete the rows without --relearn, and start a new lineage."
@@ -76,7 +76,7 @@ def plan_relearn(lineage: str, named: str, *, stops_serving: bool = False, who: 
         who=who,
         root=root,
         champion=champion.version,
-        steps=steps,
+        arrivals=arrivals,
         lost=lost,
         stops_serving=stops_serving and root != champion.version,
         deleted=deleted,

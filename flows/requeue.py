@@ -6,18 +6,16 @@ from collections.abc import Sequence
 
 from prefect import flow
 
-from deal_core.errors import ConfigError
-from flows.adapt import AdaptResult, learn_arrival
+from flows.adapt import learn
+from flows.adapt_result import AdaptResult
 from flows.lock import lock_lineage
 from infra.store.base import ObjectStore
-from infra.versions import Version, Versions, require_adapter
-from tasks.adaptation.resume import FINDINGS_FILE, read_findings, require_same_files
+from infra.versions import Version, Versions
+from tasks.adaptation.resume import spec_to_relearn
 from tasks.arrivals import release
 from tasks.context import current_store
 from tasks.lineage.history import arrival_digests, no_version
 from tasks.lineage.promotion import find_left_behind
-from tasks.lineage.tombstones import refuse_forgotten
-from tasks.spec import AdaptSpec, parse
 
 
 @flow(name="requeue", flow_run_name="requeue-{lineage}")
@@ -50,7 +48,7 @@ async def requeue(lineage: str, versions: Sequence[str] = (), arrivals: Sequence
         settled = {"base_model": None} if Versions(store).champion(lineage) else {}
         specs = [spec_to_relearn(version)[0].model_copy(update=settled) for version in wanted]
         return [
-            await learn_arrival(spec, again=not _is_learned(version), requeued_sha256=version.dataset_sha256)
+            await learn(spec, again=not _is_learned(version), relearns=version)
             for spec, version in zip(specs, wanted, strict=True)
         ]
 
@@ -61,30 +59,6 @@ def _known_version(store: ObjectStore, lineage: str, number: str) -> Version:
     if version is None:
         raise no_version(lineage, number)
     return version
-
-
-def spec_to_relearn(version: Version) -> tuple[AdaptSpec, tuple[str, ...]]:
-    """Return the spec of a version's run and the digests of its files, after checking that they can be learned again.
-
-    Raises:
-        DataValidationError: A file was replaced by another.
-        ForgottenRowsError: Rows of the arrival were forgotten.
-        RegistryError: Nothing is left of the version but its entry.
-        StoreError: A file is gone.
-    """
-    store = current_store()
-    if version.is_consolidation:
-        raise ConfigError(
-            f"Version {version.version} of '{version.lineage}' is a consolidation, which has no arrival of its own; "
-            f"consolidate again with: deal lineage consolidate {version.lineage}"
-        )
-    refuse_forgotten(store, version.task, [version.dataset_sha256])
-    if not store.exists(f"{version.adapter_uri}/{FINDINGS_FILE}"):
-        require_adapter(version)
-    spec = parse(AdaptSpec, read_findings(version.adapter_uri).spec, f"version {version.version}")
-    files = require_same_files(store, spec.task, version)
-    refuse_forgotten(store, version.task, files)
-    return spec, files
 
 
 def _is_learned(version: Version) -> bool:

@@ -27,7 +27,8 @@ from deal_core.errors import (
     in_one_line,
 )
 from deal_core.safe_text import listed
-from flows.adapt import AdaptResult, adapt_locked
+from flows.adapt import adapt_locked
+from flows.adapt_result import AdaptResult
 from flows.consolidate import ConsolidationLook, consolidate_locked, look_at_consolidation
 from flows.lock import LineageBusyError, lock_lineage
 from infra.lineage_state import Batch, LineageState, read_state, update

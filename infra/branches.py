@@ -12,7 +12,7 @@ taken with a conditional put.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -33,18 +33,12 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Step(_Part):
-    """An arrival that a branch learns."""
+class Head(_Part):
+    """What a new version of a lineage continues: its champion, or the newest version of a branch."""
 
-    version: str
-    """The version that learned it before."""
-    task: str
-    labels: tuple[str, ...] = ()
-    """Labels that were added to the task by command before that version was made."""
-    renews_tests: bool = False
-    """Whether new test rows had been asked for."""
-    is_kept: bool = False
-    """Whether its file is gone, and the rows that the store retains of it are learned."""
+    lineage: str
+    branch: int | None = None
+    """Number of the branch; None: the champion is continued, and a version that its gate accepts replaces it."""
 
 
 class Lost(_Part):
@@ -79,8 +73,8 @@ class Branch(Stored):
     """The version that the first new version continues; None: the base model."""
     champion: str
     """The champion that the branch replaces."""
-    steps: tuple[Step, ...]
-    """What is learned, in this order."""
+    arrivals: Mapping[str, str]
+    """The arrivals that are learned, in this order: the version that learned each of them before → its task."""
     lost: tuple[Lost, ...] = ()
     base_model: str | None = None
     """Source of the new base model; None: that of each version before."""
@@ -185,7 +179,7 @@ class BranchEnd(Stored):
     tip: str | None = None
     """The version that became champion; None: it was given up."""
     made: tuple[Remade, ...] = ()
-    """What it made, in the order of its steps."""
+    """What it made, in the order of its arrivals."""
     attestation: Attestation | None = None
 
 
@@ -275,6 +269,6 @@ def is_swapped(branch: Branch, moves: Sequence[Move]) -> bool:
 def tip_of(branch: Branch, versions: Sequence[Version]) -> Version | None:
     """Return the newest accepted version of a branch, or its root; None: nothing but the base model."""
     made = made_by(branch, versions)
-    accepted = [made[step.version] for step in branch.steps if step.version in made and made[step.version].accepted]
+    accepted = [made[number] for number in branch.arrivals if number in made and made[number].accepted]
     root = next((version for version in versions if version.version == branch.root), None)
     return accepted[-1] if accepted else root

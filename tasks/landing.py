@@ -21,7 +21,7 @@ from tasks.data_files import local_files
 from tasks.lineage.datasets import learned_inputs, read_manifest
 from tasks.lineage.frozen_rows import parts_left, read_test_rows
 from tasks.lineage.record import KnownTask, LineageRecord
-from tasks.lineage.requests import AskedFor, added_labels, is_renewal_asked
+from tasks.lineage.requests import added_labels, is_renewal_asked
 from tasks.lineage.tombstones import forgotten_tests
 from tasks.spec import TaskSpec
 
@@ -39,12 +39,12 @@ def landing_of(
     on_progress: Callable[[int], None] | None = None,
     *,
     parent: Version | None = None,
-    asked: AskedFor | None = None,
+    renews_tests: bool | None = None,
 ) -> Iterator[Landing]:
     """Yield the arrival's files on this machine, with all that its rows are checked by.
 
-    `parent` is the version with the record; None: the arrival adds no test rows to those of a known task. `asked` is
-    what was asked for the task when the arrival was learned before; None: what is asked today counts.
+    `parent` is the version with the record; None: the arrival adds no test rows to those of a known task.
+    `renews_tests` says whether the arrival is asked for new test rows; None: whether it is today.
 
     Raises:
         DataValidationError: There is no such file.
@@ -52,6 +52,8 @@ def landing_of(
     """
     known = record.task(task.name) if record else None
     frozen = frozen_tests(store, record, known) if record and known else FrozenTests()
+    if record and known and renews_tests is None:
+        renews_tests = is_renewal_asked(store, record.lineage, known)
     num_lacking, learned = 0, frozenset[bytes]()
     if known and parent and (num_lacking := _num_lacking(store, known, config)):
         learned = learned_inputs(store, descent(Versions(store).all(parent.lineage), parent), task.name)
@@ -65,9 +67,7 @@ def landing_of(
             near_tests=frozen.near,
             num_lacking=num_lacking,
             learned_inputs=learned,
-            renews_tests=bool(
-                record and known and (asked.renews_tests if asked else is_renewal_asked(store, record.lineage, known))
-            ),
+            renews_tests=bool(record and known and renews_tests),
             on_progress=on_progress,
             new_label_remedy=_new_label_remedy(task.name, record),
         )
@@ -88,12 +88,12 @@ def _new_label_remedy(task: str, record: LineageRecord | None) -> str:
 
 
 def choose_schema(
-    store: ObjectStore, task: TaskSpec, record: LineageRecord | None, *, asked: AskedFor | None = None
+    store: ObjectStore, task: TaskSpec, record: LineageRecord | None, *, labels: Sequence[str] | None = None
 ) -> TaskSchema:
     """Return the schema of the user's settings, or else the lineage's schema, or else one that the file completes.
 
-    A known task also has the labels that were added by command. The user may still give the labels without them. For
-    `asked` see `landing_of`.
+    A known task also has the labels that were added by command. The user may still give the labels without them.
+    `labels` are those of another time, oldest first; None: those of today.
 
     Raises:
         ConfigError: The settings contradict the lineage.
@@ -109,7 +109,8 @@ def choose_schema(
         )
     if record is None or known is None:
         return TaskSchema(name=task.name, **{**OF_NEW_TASKS, **_schema_fields(given, ())})
-    labels = added_labels(store, record.lineage, task.name) if asked is None else asked.labels
+    if labels is None:
+        labels = added_labels(store, record.lineage, task.name)
     added = labels if known.schema.labels else ()
     learned = known.schema.with_labels(added)
     wanted = replace(known.schema, **_schema_fields(given, learned.labels)).with_labels(added)

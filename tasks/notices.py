@@ -6,10 +6,12 @@ contains no text of a row, unless an error quotes one and the run may show texts
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import uuid
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any, Literal, Self
 from urllib.parse import quote
@@ -25,9 +27,10 @@ from deal_core.errors import DealError
 from deal_core.evaluation.interval import SURE_ROWS, wilson_interval
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.safe_text import without_secrets
+from infra.disk import disk_full
 from infra.versions import Version
 from infra.webhook import open_webhook
-from tasks.progress import patient
+from tasks.progress import Interrupted, patient
 
 logger = logging.getLogger(__name__)
 
@@ -183,6 +186,21 @@ def announce_failure(lineage: str, task: str | None, error: Exception) -> None:
     words = " ".join(str(error).split()) if isinstance(error, DealError) else "see the run's log"
     message = without_secrets(f"{type(error).__name__}: {words}")[:MAX_MESSAGE_CHARS]
     announce("failed", Notice(lineage=lineage, task=task, error=message))
+
+
+@asynccontextmanager
+async def announcing_failure(lineage: str, task: str | None) -> AsyncIterator[None]:
+    """Announce the error of the block; turn the error of a full disk into one that says so."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except Exception as error:
+        full = disk_full(error)
+        await asyncio.to_thread(announce_failure, lineage, task, full or error)
+        if full is not None and full is not error:
+            raise full from error
+        raise
 
 
 @patient

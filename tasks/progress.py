@@ -10,12 +10,12 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
-from functools import partial
-from typing import ParamSpec, Protocol, TypeVar
+from functools import partial, wraps
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import httpx
 import tenacity
@@ -73,6 +73,7 @@ class _Context:
 
 
 _current: ContextVar[_Context | None] = ContextVar("deal_progress", default=None)
+_times: ContextVar[dict[str, float] | None] = ContextVar("deal_stage_times", default=None)
 
 
 def _context() -> _Context:
@@ -150,31 +151,50 @@ async def to_the_end(call: Callable[Inputs, Output], *args: Inputs.args, **kwarg
         raise
 
 
-class Stages:
-    """The stages of one run and how long each took."""
+def time_stages() -> None:
+    """Begin to count the times of stages, for a run that starts now."""
+    _times.set({})
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
 
-    async def run(
-        self, name: str, call: Callable[Inputs, Output], *args: Inputs.args, **kwargs: Inputs.kwargs
-    ) -> Output:
-        """Run one stage in a thread; call `done` with its result afterwards. A Prefect task needs no flow here."""
-        raise_if_stopped()
-        reporter().stage_started(name)
-        started = time.perf_counter()
-        function: Callable[Inputs, Output] | None = getattr(call, "fn", None)
-        if function is not None:  # a Prefect task: outside of a flow run only its function runs
-            from prefect.context import FlowRunContext  # whoever has a task has imported Prefect
+def stage_times() -> dict[str, float]:
+    """Return for each stage since `time_stages` the seconds of all its tries."""
+    return dict(_times.get() or {})
 
-            call = call if FlowRunContext.get() is not None else function
-        output = await to_the_end(call, *args, **kwargs)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-        return output
 
-    def done(self, name: str, detail: str) -> None:
-        """Report the result of the stage that ended last, in a few words."""
-        reporter().stage_finished(name, self.seconds[name], detail)
+async def in_stage(name: str, call: Callable[Inputs, Output], *args: Inputs.args, **kwargs: Inputs.kwargs) -> Output:
+    """Run a call as a stage: in a thread and to its end, with its start reported and its time counted."""
+    raise_if_stopped()
+    reporter().stage_started(name)
+    times, started = _times.get(), time.perf_counter()
+    if times is None:
+        _times.set(times := {})
+    try:
+        return await to_the_end(call, *args, **kwargs)
+    finally:
+        times[name] = times.get(name, 0.0) + time.perf_counter() - started
+
+
+def stage_done(name: str, detail: str) -> None:
+    """Report the result of a stage in a few words."""
+    reporter().stage_finished(name, stage_times()[name], detail)
+
+
+def staged(
+    name: str, describe: Callable[[Any], str] | None = None
+) -> Callable[[Callable[Inputs, Output]], Callable[Inputs, Coroutine[Any, Any, Output]]]:
+    """Make a function a stage that is awaited; see `in_stage`. `describe` gives its result in a few words."""
+
+    def decorate(function: Callable[Inputs, Output]) -> Callable[Inputs, Coroutine[Any, Any, Output]]:
+        @wraps(function)
+        async def run(*args: Inputs.args, **kwargs: Inputs.kwargs) -> Output:
+            output = await in_stage(name, function, *args, **kwargs)
+            if describe is not None:
+                stage_done(name, describe(output))
+            return output
+
+        return run
+
+    return decorate
 
 
 patient = tenacity.retry(

@@ -92,7 +92,7 @@ class ScoredArrival(Reference):
     version: str
     """Number of the champion."""
     score: ArrivalScore
-    scores: tuple[float, ...] = Field(exclude=True, repr=False)
+    scores: tuple[float, ...] = Field(default=(), exclude=True, repr=False)
     """The score of each row that was asked."""
     has_labels: bool
     contradictions: tuple[Contradiction, ...] = ()

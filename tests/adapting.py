@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
-from flows.adapt import AdaptResult, adapt
+from flows.adapt import adapt
+from flows.adapt_result import AdaptResult
 from infra.report.run_report import EVALUATION_FILE, RunReport
 from infra.versions import Version
 from tasks.context import current_store

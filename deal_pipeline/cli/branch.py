@@ -29,10 +29,10 @@ def show_branch_plan(plan: BranchPlan) -> Sequence[RenderableType]:
     branch = plan.branch
     start = f"version {branch.root}" if branch.root else "the base model"
     shown: list[RenderableType] = [heading(f"Learned again {branch.what}, from {start} on")]
-    if branch.steps:
+    if branch.arrivals:
         table = new_table("version", "task", right=["version"])
-        for step in branch.steps:
-            table.add_row(step.version, escape(step.task))
+        for version, task in branch.arrivals.items():
+            table.add_row(version, escape(task))
         took = f"It took {plan.seconds / 60:.1f} minutes before." if plan.seconds else ""
         shown += [table, took]
     else:

@@ -26,7 +26,7 @@ from deal_core.evaluation.metrics import scored_otherwise
 from deal_core.safe_text import printable, printable_json, without_known_secrets_inside, without_secrets
 
 if TYPE_CHECKING:
-    from flows.adapt import AdaptResult, Scores
+    from flows.adapt_result import AdaptResult, Scores
     from tasks.arrivals import HeldArrival
     from tasks.references import Contradiction
 

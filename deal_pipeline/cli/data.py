@@ -95,9 +95,9 @@ def gc(
     dry_run: Annotated[bool, Option("--dry-run", "-n", help="Only list what would be removed.")] = False,
 ) -> CommandResult[GcResult]:
     """Remove what is no longer needed: checkpoints, old rejected adapters, stored training rows, old logs."""
-    from flows.gc import gc as gc_flow
+    from flows.gc import collect
 
-    outcome = deal.run(lambda: gc_flow.fn(lineage, older_than, dry_run), "looking", in_prefect=False)
+    outcome = deal.run(lambda: collect(lineage, older_than, dry_run), "looking", in_prefect=False)
     return CommandResult(outcome, _show_gc(outcome), failed=bool(outcome.problems))
 
 

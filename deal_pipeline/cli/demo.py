@@ -13,7 +13,8 @@ from pydantic import BaseModel
 from deal_core.errors import ConfigError
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, MatrixJson
 from deal_core.judging_config import GateConfig
-from flows.adapt import AdaptResult, Scores, adapt
+from flows.adapt import adapt
+from flows.adapt_result import AdaptResult, Scores
 from infra.versions import Versions, champion_of
 from tasks.context import current_store
 from tasks.lineage.record import read_record

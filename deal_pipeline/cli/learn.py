@@ -16,7 +16,7 @@ from deal_pipeline.cli.session import CommandResult, Session, Settings, SpecLine
 
 if TYPE_CHECKING:
     from deal_pipeline.cli.demo import DemoResult
-    from flows.adapt import AdaptResult
+    from flows.adapt_result import AdaptResult
     from flows.watch import WatchResult
 
 

@@ -20,7 +20,7 @@ from deal_pipeline.cli.data import confirm
 from deal_pipeline.cli.session import CommandResult, Lineage, Session, command, reason_option
 
 if TYPE_CHECKING:
-    from flows.adapt import AdaptResult
+    from flows.adapt_result import AdaptResult
     from flows.branch import BranchPlan, BranchResult
     from infra.branches import KnownBranch
     from tasks.lineage.consolidation import ConsolidationPlan

@@ -273,11 +273,11 @@ def sync(
     lineages: Annotated[list[str] | None, Argument(help="Lineages.", show_default="all with a version")] = None,
 ) -> CommandResult[list[Synced]]:
     """Write into MLflow what it lacks of the store: runs, models, versions and aliases."""
-    from flows.mlflow import sync_mlflow
+    from flows.mlflow import mirror_all
     from tasks.progress import reporting_to
 
     with reporting_to(deal.screen):
-        synced = asyncio.run(sync_mlflow.fn(tuple(lineages or ())))
+        synced = asyncio.run(mirror_all(lineages or ()))
     shown = []
     for result in synced:
         name = result.lineage

@@ -22,7 +22,7 @@ from deal_pipeline.cli.session import CommandResult, Lineage, Reason, Session, c
 
 if TYPE_CHECKING:
     from deal_core.evaluation.accuracy_matrix import MatrixJson
-    from flows.adapt import AdaptResult
+    from flows.adapt_result import AdaptResult
     from flows.champions import EvaluateResult
     from infra.promotions import Decision, LeftBehind, Move
     from tasks.lineage.history import HistoryEntry

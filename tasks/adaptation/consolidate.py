@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from prefect import task
 
 from deal_core.data.dataset import build_dataset
 from deal_core.data.rows import stored_input_digest
@@ -23,16 +24,16 @@ from infra.store.base import ObjectStore, temporary_folder
 from infra.store.keys import TRAIN_FILE
 from infra.versions import Version, Versions, descent
 from tasks.adaptation.resume import read_findings, require_same_files
+from tasks.adaptation.run import STAGE
 from tasks.context import current_store
 from tasks.landing import choose_schema, frozen_tests, landing_of
 from tasks.lineage.consolidation import ConsolidationPlan, LearnedRows, Source, Start
 from tasks.lineage.datasets import retains_training_rows
 from tasks.lineage.frozen_rows import read_test_rows, require_tests
 from tasks.lineage.record import KnownTask, LineageRecord
-from tasks.lineage.requests import AskedFor
 from tasks.lineage.tombstones import find_tombstone, refuse_forgotten
 from tasks.lineage.version_files import borrowed_adapter
-from tasks.progress import advance
+from tasks.progress import advance, staged
 from tasks.spec import AdaptSpec, parse
 
 if TYPE_CHECKING:
@@ -41,16 +42,14 @@ if TYPE_CHECKING:
 ROWS_FOLDER = "rows"
 
 
-def plan_consolidation(
-    store: ObjectStore, champion: Version, record: LineageRecord, start: Start, spec: AdaptSpec
-) -> ConsolidationPlan:
+def plan_consolidation(champion: Version, record: LineageRecord, start: Start, spec: AdaptSpec) -> ConsolidationPlan:
     """Find what is left of the rows of every arrival that a champion, which has the record, has learned.
 
     Raises:
         ConfigError: Nothing is to be consolidated, or it cannot be.
         TestRowsForgottenError: The test rows of a task were forgotten.
     """
-    lineage = champion.lineage
+    store, lineage = current_store(), champion.lineage
     if champion.is_consolidation:
         raise ConfigError(
             f"Version {champion.version}, the champion of '{lineage}', is a consolidation itself; adapt to an arrival "
@@ -61,8 +60,8 @@ def plan_consolidation(
             f"'{lineage}' learns preferences ({listed(preferences)}), and these are learned alone, not with other "
             "tasks; it cannot be consolidated."
         )
-    for task in record.tasks:  # fail before the training, not after it
-        require_tests(store, task.grown())
+    for known in record.tasks:  # fail before the training, not after it
+        require_tests(store, known.grown())
     kept = _kept_rows(store, champion, record)
     line = reversed(descent(Versions(store).all(lineage), champion))
     parts = [_part(store, version, kept) for version in line if not version.is_consolidation]
@@ -87,6 +86,12 @@ def plan_consolidation(
         num_rows=num_rows,
         seconds=_seconds(champion, spec, num_rows),
     )
+
+
+plan_rows = task(name="rows", **STAGE)(
+    staged("rows", lambda plan: f"{plan.num_rows} rows of {len(plan.arrivals)} arrivals")(plan_consolidation)
+)
+"""The stage that does it."""
 
 
 def _kept_rows(store: ObjectStore, champion: Version, record: LineageRecord) -> dict[str, int]:
@@ -189,9 +194,8 @@ def _rows_of(
     spec = parse(AdaptSpec, findings.spec, f"version {version.version}")
     require_same_files(store, spec.task, version)
     schema = choose_schema(store, spec.task, record)
-    asked = AskedFor(labels=(), renews_tests=False)  # a request is for the next arrival, not for one of long ago
-    with (
-        landing_of(store, spec.task, schema, record, spec.data, asked=asked) as landing,
+    with (  # a request for test rows is for the next arrival, not for one of long ago
+        landing_of(store, spec.task, schema, record, spec.data, renews_tests=False) as landing,
         temporary_folder() as temporary,
     ):
         build_dataset(landing, temporary / "dataset")

@@ -19,7 +19,7 @@ from infra.store.base import ObjectStore
 from infra.store.keys import dataset_sha256
 from infra.versions import Version, Versions, descent
 from tasks.adaptation.general import measure_general
-from tasks.adaptation.run import STAGE, AdaptationRun, jobs_of
+from tasks.adaptation.run import STAGE, AdaptationRun
 from tasks.context import current_store
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.frozen_rows import (
@@ -38,6 +38,7 @@ from tasks.lineage.requests import is_renewal_asked
 from tasks.lineage.tombstones import TestRowsForgottenError, forgotten_tests
 from tasks.lineage.version_files import borrowed_adapter
 from tasks.monitoring.rows import has_reference, write_reference
+from tasks.progress import staged
 from tasks.references import DatasetRef, TrainedAdapter, VersionScores
 
 if TYPE_CHECKING:
@@ -46,7 +47,13 @@ if TYPE_CHECKING:
     from tasks.scorer import Scored, Scorer
 
 
+def _describe(report: EvaluationReport) -> str:
+    scores = [f"{name} {score_text(share, report.num_rows.get(name))}" for name, share in report.accuracies.items()]
+    return f"in %: {'; '.join(scores)}"
+
+
 @task(name="evaluate", **STAGE)
+@staged("evaluate", _describe)
 def evaluate_version(
     adaptation: AdaptationRun, trained: TrainedAdapter, notes: tuple[str, ...] = ()
 ) -> EvaluationReport:
@@ -65,7 +72,7 @@ def evaluate_version(
     from tasks.scorer import Processes, Scorer, collapse_notes
 
     store = current_store()
-    processes = Processes(adaptation.spec.train.num_processes, jobs_of(adaptation), adaptation.folder / "answers")
+    processes = Processes(adaptation.spec.train.num_processes, adaptation.jobs_folder, adaptation.folder / "answers")
     scorer = Scorer(adaptation.base, processes=processes)
     asked = _rows_to_ask(store, adaptation, scorer)
     scores = _score(scorer, asked, adaptation, trained)
@@ -93,8 +100,10 @@ class _Asked:
     """Of the tasks and slices that the parent knows, as the parent is asked."""
     new: list[TestSet]
     """Of a task that is new, or whose test rows are renewed."""
+    kept: KeptAnswers
+    """The parent's stored answers; none without a parent, or if they were forgotten."""
     answered: Answers
-    """The parent's stored answers."""
+    """Those of them that the same model gave in the same way."""
     unanswered: list[TestSet]
     """The rows of `old` without one."""
     all: list[TestSet]
@@ -147,7 +156,8 @@ def _rows_to_ask(store: ObjectStore, adaptation: AdaptationRun, scorer: Scorer) 
     old = within_budget(old, dataset.task, adaptation.spec.evaluate.max_old_rows)
 
     # Only answers of one answerer are compared, so that no difference comes from its arithmetic or its stop tokens.
-    answered = adaptation.parent_answers.now if adaptation.parent_answers.answerer == scorer.answerer else {}
+    kept = read_answers(store, adaptation.parent.adapter_uri) if adaptation.parent else KeptAnswers({}, {})
+    answered = kept.now if kept.answerer == scorer.answerer else {}
     if scorer.engine is not None:
         notes.append(f"the test rows were answered by {scorer.engine}")
     if renewal.new_slice is not None:
@@ -161,6 +171,7 @@ def _rows_to_ask(store: ObjectStore, adaptation: AdaptationRun, scorer: Scorer) 
     return _Asked(
         old=old,
         new=new,
+        kept=kept,
         answered=answered,
         unanswered=unanswered,
         all=[*(_widened(test_set, dataset, slices) for test_set in old), *new],
@@ -374,7 +385,7 @@ def _debts(
     newest_first = descent(Versions(store).all(adaptation.lineage), adaptation.parent)
     before_last = len(matrix.rows) - 2  # the parent's row
     rows_of = {test_set.schema.name: test_set for test_set in asked.all}
-    kept_of = {adaptation.parent.version: adaptation.parent_answers} if adaptation.parent else {}
+    kept_of = {adaptation.parent.version: asked.kept} if adaptation.parent else {}
     for name, row in matrix.learned_best().items():
         if name not in now:
             continue  # nobody could ask it

@@ -10,22 +10,25 @@ from prefect import task
 from deal_core.evaluation.gate import GateDecision, decide
 from deal_core.evaluation.metrics import right_answers, score_answers
 from deal_core.evaluation.report import EvaluationReport, Scores
+from deal_core.judging_config import GateConfig
 from infra.store.base import ObjectStore
 from infra.store.keys import dataset_sha256
 from infra.versions import Version
 from tasks.adaptation.evaluate import answer_again
 from tasks.adaptation.resume import read_findings
-from tasks.adaptation.run import STAGE, AdaptationRun
+from tasks.adaptation.run import STAGE
 from tasks.lineage.frozen_rows import load_test_set, read_answers
 from tasks.lineage.record import read_record
 from tasks.lineage.tombstones import forgotten_tests
+from tasks.progress import staged
 from tasks.spec import AdaptSpec, parse
 
 
 @task(name="gate", **STAGE)
-def judge_version(adaptation: AdaptationRun, report: EvaluationReport) -> GateDecision:
-    """Accept or reject a version by the rules of `gate` in the spec."""
-    return decide(report, adaptation.spec.gate)
+@staged("gate", lambda decision: "accepted" if decision.accepted else " ".join(decision.reasons))
+def judge_version(report: EvaluationReport, gate: GateConfig) -> GateDecision:
+    """Accept or reject a version by the rules of `gate` in a spec."""
+    return decide(report, gate)
 
 
 class Judged(NamedTuple):

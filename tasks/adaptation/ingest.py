@@ -1,9 +1,10 @@
-"""Check a landed file by its task's schema and the lineage's test rows, and store its rows as a dataset."""
+"""Check a landed file by its task's schema and the lineage's test rows, store its rows, and ask the parent them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,40 +15,61 @@ from deal_core.data.dataset import ArrivalRefusedError, build_dataset
 from deal_core.data.row_warnings import data_warnings
 from deal_core.data.schema import DatasetManifest
 from deal_core.data.source_files import digests_of
+from deal_core.errors import DataValidationError, StoreError
+from deal_core.safe_text import listed
+from infra.lineage_state import HeldByCheck
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
 from infra.store.keys import INPUTS_FILE, MANIFEST_FILE, TRAIN_FILE, quarantine_folder, quarantine_key
-from infra.versions import Version
-from tasks.adaptation.run import STAGE
+from infra.versions import Version, Versions, descent
+from tasks.adaptation.resume import read_findings, spec_to_relearn
+from tasks.adaptation.run import STAGE, AdaptationRun
+from tasks.arrival_check import remark_on, score_arrival
 from tasks.context import current_store
 from tasks.landing import choose_schema, landing_of
-from tasks.lineage.datasets import read_manifest
+from tasks.lineage.datasets import drop_held_rows, read_manifest, retains_training_rows
 from tasks.lineage.frozen_rows import require_tests
+from tasks.lineage.held import hold, is_released
 from tasks.lineage.record import LineageRecord
-from tasks.lineage.requests import AskedFor
 from tasks.lineage.tombstones import ForgottenRowsError, forgotten_tests, refuse_forgotten
-from tasks.progress import advance
-from tasks.references import DatasetRef
-from tasks.spec import TaskSpec, reading_the_task
+from tasks.notices import announce_held
+from tasks.progress import advance, staged
+from tasks.references import DatasetRef, ScoredArrival
+from tasks.spec import AdaptSpec, TaskSpec, reading_the_task
 
 QUARANTINE_FILE = "quarantine.jsonl"
 
 
-@task(name="ingest", **STAGE)
-def ingest_arrival(
+def _describe(dataset: DatasetRef) -> str:
+    rejected = f", {dataset.num_rejected} in quarantine" if dataset.num_rejected else ""
+    gained = f", new labels: {listed(dataset.new_labels)}" if dataset.new_labels else ""
+    return f"{dataset.num_train} training rows, {dataset.num_test} test rows{rejected}{gained}"
+
+
+def ingest(
     arrival: TaskSpec,
     config: DataConfig,
     record: LineageRecord | None,
     lineage: str,
     again: bool = False,
-    asked: AskedFor | None = None,
     parent: Version | None = None,
+    labels: Sequence[str] | None = None,
+    renews_tests: bool | None = None,
 ) -> DatasetRef:
     """Check an arrival and store its dataset. Bad rows go to quarantine.
 
     The record of the parent knows the task's labels and test rows. Each lineage has a dataset of its own, which it may
-    delete. With `again`, forgotten rows are accepted. For `asked` and `parent` see
-    `landing_of`.
+    delete.
+
+    Args:
+        arrival: The task and its files.
+        config: How the rows are read and split.
+        record: The parent's; None: there is no parent.
+        lineage: The lineage that learns.
+        again: Whether forgotten rows are accepted.
+        parent: The version with the record; see `landing_of`.
+        labels: Labels that were added to the task by command; None: those of today.
+        renews_tests: Whether the arrival is asked for new test rows; None: whether it is today.
 
     Raises:
         DataValidationError: The whole file is refused. The quarantine has the bad rows.
@@ -56,7 +78,7 @@ def ingest_arrival(
     """
     store = current_store()
     with reading_the_task():
-        schema = choose_schema(store, arrival, record, asked=asked)
+        schema = choose_schema(store, arrival, record, labels=labels)
     before = record.task(arrival.name) if record else None
     brings_lost_tests = (
         before is not None and forgotten_tests(store, arrival.name, before.grown().test_uris) is not None
@@ -65,7 +87,9 @@ def ingest_arrival(
         if known.schema.name != arrival.name:
             require_tests(store, known.grown())
     with (
-        landing_of(store, arrival, schema, record, config, advance("ingest"), parent=parent, asked=asked) as landing,
+        landing_of(
+            store, arrival, schema, record, config, advance("ingest"), parent=parent, renews_tests=renews_tests
+        ) as landing,
         temporary_folder() as temporary,
     ):
         folder = temporary / "dataset"
@@ -95,6 +119,97 @@ def ingest_arrival(
             places = [dataset.uri, quarantine_folder(dataset.task, dataset.sha256)]
             _withdraw_if_forgotten(store, arrival.name, digests, places)
         return dataset
+
+
+ingest_arrival = task(name="ingest", **STAGE)(staged("ingest", _describe)(ingest))
+"""The stage that does it."""
+
+
+@task(name="ingest", **STAGE)
+@staged("ingest", _describe)
+def ingest_again(version: Version, spec: AdaptSpec, record: LineageRecord | None, parent: Version | None) -> DatasetRef:
+    """Store the arrival of a version again, with the labels and the request for test rows of its time.
+
+    If its file is gone, its dataset of that time is returned, whose rows the store retains. It adds no test rows, since
+    their texts may have been learned after another parent.
+
+    Args:
+        version: The version that has learned the arrival.
+        spec: The settings, and the arrival's files.
+        record: That of the parent, which the next version continues.
+        parent: The version with the record; None: there is no parent.
+
+    Raises:
+        DataValidationError: A file was replaced, and the store retains no rows.
+        StoreError: A file is gone, and the store retains no rows.
+    """
+    store, labels = current_store(), dict[str, None]()
+    for earlier in reversed(descent(Versions(store).all(version.lineage), version)):
+        if earlier.task == version.task and not earlier.is_consolidation:
+            with suppress(StoreError):  # its findings are gone, and its labels are those of later versions too
+                labels |= dict.fromkeys(read_findings(earlier.adapter_uri).dataset.new_labels)
+    dataset = read_findings(version.adapter_uri).dataset
+    known = record.task(version.task) if record else None
+    if not needs_retained_rows(store, version, knows_task=known is not None):
+        return ingest(
+            spec.task,
+            spec.data,
+            record,
+            spec.lineage,
+            parent=parent,
+            labels=tuple(labels),
+            renews_tests=dataset.renews_tests,
+        )
+    new = [label for label in labels if known is not None and label not in known.schema.labels]
+    return dataset.model_copy(update={"new_labels": tuple(new), "num_added": 0})
+
+
+def needs_retained_rows(
+    store: ObjectStore, version: Version, *, knows_task: bool, deleted: Collection[str] = ()
+) -> bool:
+    """Return whether a version's arrival can be learned again only from the rows that the store retains of it.
+
+    `knows_task` says whether the parent knows its task. `deleted` are digests of files that are about to be deleted.
+
+    Raises:
+        DataValidationError: A file was replaced by another, and the store retains no rows.
+        StoreError: A file is gone, and the store retains no rows.
+    """
+    try:
+        if set(spec_to_relearn(version)[1]) & set(deleted):
+            raise DataValidationError("one of its files is deleted with the arrival; land it without that file")
+    except (DataValidationError, StoreError):
+        dataset = read_findings(version.adapter_uri).dataset
+        has_tests = dataset.num_test > 0 or knows_task
+        if not (
+            has_tests and store.exists(f"{dataset.uri}/{TRAIN_FILE}") and retains_training_rows(store, dataset.uri)
+        ):
+            raise
+        return True
+    return False
+
+
+@task(name="test", **STAGE)
+@staged("test", lambda tested: "no new row can be asked" if tested is None else tested.sentence)
+def ask_parent(adaptation: AdaptationRun) -> ScoredArrival | None:
+    """Score the version that a run continues on the rows of the run's arrival; None: no row can be asked."""
+    store, spec, parent, record = current_store(), adaptation.spec, adaptation.parent, adaptation.record
+    assert parent is not None and record is not None, "without a parent nobody can be asked"
+    tested = score_arrival(spec, adaptation.dataset, parent, record, adaptation.jobs_folder)
+    if tested is None or adaptation.relearns is not None:
+        return tested
+    released = is_released(store, spec.lineage, spec.task, adaptation.dataset)
+    return tested.model_copy(update={"score": replace(tested.score, is_released=released)})
+
+
+def hold_arrival(adaptation: AdaptationRun) -> HeldByCheck:
+    """Hold a run's arrival, whose labels disagree with the champion: note and announce it, and delete its rows."""
+    store, spec, dataset, tested = current_store(), adaptation.spec, adaptation.dataset, adaptation.tested
+    assert tested is not None, "the champion was asked"
+    noted = hold(store, spec.lineage, spec.task, dataset, remark_on(tested))
+    drop_held_rows(store, spec.lineage, dataset)
+    announce_held(spec.lineage, spec.task.name, noted.why, champion=tested.version, arrival=dataset.landed_sha256)
+    return noted
 
 
 def _publish(

@@ -8,9 +8,13 @@ from infra.versions import Version, Versions
 from tasks.adaptation.run import STAGE
 from tasks.context import current_store
 from tasks.lineage.promotion import promote_accepted
+from tasks.progress import staged
+
+_ENDS = {"promoted": "is champion", "awaiting-approval": "awaits approval", "rollout": "is tried on live traffic"}
 
 
 @task(name="promote", **STAGE)
+@staged("promote", lambda version: f"version {version.version} {_ENDS[version.outcome]}")
 def promote_version(version: Version) -> Version:
     """Promote an accepted version, or begin its rollout, unless a person must approve it; return it as it is then."""
     store = current_store()

@@ -10,30 +10,38 @@ from prefect import runtime, task
 from deal_core.adapter.files import CONFIG_FILE, as_recorded, digests_of
 from deal_core.base_model.sources import licence_of_base, resolve_base
 from deal_core.evaluation.gate import GateDecision
-from deal_core.evaluation.report import EvaluationReport, mean_score
+from deal_core.evaluation.report import mean_score
 from infra.settings import HomeSettings
 from infra.store import keys
 from infra.versions import SCORES, Version, Versions
+from tasks.adaptation.report import Findings
+from tasks.adaptation.resume import keep_findings
 from tasks.adaptation.run import STAGE, AdaptationRun
 from tasks.arrival_check import keep_scores
 from tasks.context import current_store
 from tasks.lineage.record import RECORD_FILE, LineageRecord, write_record
 from tasks.lineage.version_files import CARD_FILE
+from tasks.progress import staged
 from tasks.references import TrainedAdapter
 
 FIELDS_OF_CHECK = ("kind", "task", "value", "limit")
 
 
 @task(name="register", **STAGE)
+@staged("register", lambda version: f"version {version.version} of {version.lineage}")
 def register_version(
-    adaptation: AdaptationRun, trained: TrainedAdapter, report: EvaluationReport, decision: GateDecision
+    adaptation: AdaptationRun, trained: TrainedAdapter, findings: Findings, decision: GateDecision
 ) -> Version:
-    """Write the version's record, its model card and what serving needs, and register it, accepted or rejected."""
+    """Write the version's findings, its record, its model card and what serving needs, and register it.
+
+    Accepted or rejected: a version that its gate rejected is registered too.
+    """
     from deal_core.evaluation.answering import SERVED_FILE
     from tasks.lineage.model_card import served_version, write_card
 
     store, spec, parent, plan = current_store(), adaptation.spec, adaptation.parent, adaptation.consolidation
-    remake = adaptation.remake
+    report, branch, relearns = findings.evaluation, adaptation.head.branch, adaptation.relearns
+    keep_findings(trained.uri, findings)
     record = LineageRecord(
         lineage=adaptation.lineage,
         base=adaptation.base,
@@ -47,7 +55,7 @@ def register_version(
         slices=tuple(part for part in adaptation.renewal.slices if part.name in report.slices),
     )
     if adaptation.tested is not None:
-        keep_scores(store, trained.uri, adaptation.tested.scores)
+        keep_scores(store, trained.uri, adaptation.row_scores)
     store.delete(keys.jobs_folder(trained.uri))  # of a try on Ray that was killed; this one may be local
     record_sha256 = write_record(store, trained.uri, record)
     served = json.dumps(served_version(record).to_json(), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
@@ -67,9 +75,9 @@ def register_version(
         base_sha256=adaptation.base.sha256,
         dataset_sha256=adaptation.dataset.sha256,
         landed_sha256=adaptation.dataset.landed_sha256,
-        requeued_sha256=adaptation.requeued_sha256,
-        branch=remake.branch if remake else None,
-        remakes=remake.version if remake else None,
+        requeued_sha256=relearns.dataset_sha256 if relearns else None,
+        branch=branch,
+        remakes=relearns.version if relearns and branch is not None else None,
         config_sha256=adaptation.config_sha256,
         adapter_uri=trained.uri,
         adapter_sha256=trained.sha256,
@@ -80,9 +88,9 @@ def register_version(
             {name: getattr(check, name) for name in FIELDS_OF_CHECK} for check in decision.failed_checks
         ),
         unsure=decision.unsure if decision.accepted else (),
-        needs_approval=remake is None
+        needs_approval=branch is None
         and (spec.gate.approval == "manual" or (spec.gate.unsure == "approve" and bool(decision.unsure))),
-        rollout=spec.gate.rollout_terms if decision.accepted and parent and remake is None else None,
+        rollout=spec.gate.rollout_terms if decision.accepted and parent and branch is None else None,
         arrival=adaptation.tested and adaptation.tested.score,
         train_seconds=trained.summary.seconds,
         launch=trained.summary.launch,

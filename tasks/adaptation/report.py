@@ -40,9 +40,9 @@ from tasks.adaptation.run import STAGE
 from tasks.context import current_store
 from tasks.data_files import local_files
 from tasks.lineage.datasets import read_manifest
-from tasks.lineage.frozen_rows import MAX_EXAMPLES, Answers, compare_answers, cut, read_answers
+from tasks.lineage.frozen_rows import MAX_EXAMPLES, compare_answers, cut, read_answers
 from tasks.lineage.reports import write_report
-from tasks.progress import patient
+from tasks.progress import patient, staged
 from tasks.references import DatasetRef, TrainSummary
 
 logger = logging.getLogger(__name__)
@@ -69,14 +69,12 @@ def gather_report(
     base_name: str,
     findings: Findings,
     seconds: Mapping[str, float],
-    parent_answers: Answers | None,
 ) -> RunReport:
     """Collect everything about a registered version that its page shows, apart from the evaluation."""
     dataset, summary, include_texts = findings.dataset, findings.training, findings.spec["data"]["include_texts"]
     versions = {entry.version: entry for entry in Versions(store).all(version.lineage)}
-    if parent_answers is None:
-        parent = versions.get(version.parent_version or "")
-        parent_answers = read_answers(store, parent.adapter_uri).now if parent else {}
+    parent = versions.get(version.parent_version or "")
+    parent_answers = read_answers(store, parent.adapter_uri).now if parent else {}
     facts_of_training = summary.model_dump(include=set(Training.model_fields))
     losses = [(step, loss) for step, loss in summary.losses if math.isfinite(loss)]
     libraries = {"Python": platform.python_version()}
@@ -165,20 +163,13 @@ def problem_of(entry: Mapping[str, Any], include_texts: bool) -> str:
     return cut(f"{entry['reason']}: {shown}") if shown else str(entry["reason"])
 
 
-@task(name="report", **STAGE)
-def report_version(
-    version: Version,
-    base_name: str,
-    findings: Findings,
-    seconds: Mapping[str, float],
-    parent_answers: Answers | None = None,
-) -> None:
+def write_reports(version: Version, base_name: str, findings: Findings, seconds: Mapping[str, float]) -> str:
     """Write the report of a version to the store, and a page of it to Prefect.
 
-    `seconds` is the wall time by stage. The parent's answers are read if they are not given.
+    `seconds` is the wall time by stage. The result is the command that shows the report.
     """
     store, report = current_store(), findings.evaluation
-    collected = gather_report(store, version, base_name, findings, seconds, parent_answers)
+    collected = gather_report(store, version, base_name, findings, seconds)
     write_report(store, version, EVALUATION_FILE, report.to_json())
     write_report(store, version, REPORT_FILE, collected.model_dump(mode="json"))
     try:
@@ -186,9 +177,15 @@ def report_version(
             key=artifact_key(version.lineage),
             markdown=markdown_of(collected, report),
             description=f"Version {version.version} of {version.lineage}: {report.task}",
+            _sync=True,  # type: ignore[call-arg]  # the flow is async, and this thread of it is not
         )
     except Exception as error:  # the store has the whole report
         logger.warning("Prefect has no page of version %s of %s: %s", version.version, version.lineage, error)
+    return f"deal version show {version.version} --report --lineage {version.lineage}"
+
+
+report_version = task(name="report", **STAGE)(staged("report", str)(write_reports))
+"""The stage that does it."""
 
 
 def artifact_key(lineage: str) -> str:

@@ -8,16 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+from prefect import task
+
 from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.source_files import digests_of
-from deal_core.errors import DataValidationError, StoreError
+from deal_core.errors import ConfigError, DataValidationError, StoreError
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.safe_text import without_secrets
+from infra.branches import Branches, Head, tip_of
 from infra.run_journal import RunJournal
 from infra.store.base import ObjectStore
-from infra.versions import Version, Versions
-from tasks.adaptation.report import Findings, report_version
-from tasks.adaptation.run import Remake, remove_work
+from infra.versions import Version, Versions, require_adapter
+from tasks.adaptation.report import Findings, write_reports
+from tasks.adaptation.run import STAGE, remove_work
 from tasks.context import current_store
 from tasks.data_files import local_files
 from tasks.lineage.branch import require_no_branch
@@ -25,10 +28,13 @@ from tasks.lineage.choices import changed_settings
 from tasks.lineage.datasets import drop_training_rows, read_manifest
 from tasks.lineage.promotion import is_open, is_overtaken, promote_accepted
 from tasks.lineage.record import read_record
+from tasks.lineage.tombstones import refuse_forgotten
 from tasks.lineage.version_files import reading_beside
+from tasks.mlflow_mirror import sync_lineage
 from tasks.notices import announce_version
+from tasks.progress import staged
 from tasks.references import DatasetRef, TrainSummary
-from tasks.spec import AdaptSpec, TaskSpec
+from tasks.spec import AdaptSpec, TaskSpec, parse
 
 logger = logging.getLogger(__name__)
 
@@ -36,20 +42,27 @@ FINDINGS_FILE = "findings.json"
 """A file next to the adapter with everything that a report needs."""
 
 
-def find_parent(lineage: str, remake: Remake | None = None) -> Version | None:
-    """Return the champion, which the next version continues; None: the next version starts from the base.
+@task(name="parent", **STAGE)
+@staged("parent")
+def find_parent(head: Head) -> Version | None:
+    """Return the version that the next one continues: the champion, or the newest of a branch; None: the base model.
 
-    Before that, the newest version's run is completed if a crash interrupted it. So no accepted version is skipped. The
-    step `remake` of a branch names its parent itself.
+    Before that, the newest version's run is completed if a crash interrupted it. So no accepted version is skipped.
+    Then MLflow gets what it lacks, and a person's move of the alias there counts.
 
     Raises:
-        BranchOpenError: The lineage has a branch, and this is no step of it.
+        BranchOpenError: The lineage has an open branch, and the head is the champion.
     """
-    store = current_store()
-    if remake is None:
+    store, lineage = current_store(), head.lineage
+    if head.branch is None:
         require_no_branch(store, lineage)
     finish_newest(store, lineage)
-    return Versions(store).champion(lineage) if remake is None else remake.parent
+    sync_lineage(store, lineage)  # after an interrupted run has its report
+    if head.branch is None:
+        return Versions(store).champion(lineage)
+    branch = Branches(store).open(lineage)
+    assert branch is not None and branch.number == head.branch, "a branch grows while it is open"
+    return tip_of(branch, Versions(store).all(lineage))
 
 
 def finish_newest(store: ObjectStore, lineage: str) -> None:
@@ -112,6 +125,30 @@ def require_same_files(store: ObjectStore, arrival: TaskSpec, version: Version) 
         return digests_of((*sources, *tests))
 
 
+def spec_to_relearn(version: Version) -> tuple[AdaptSpec, tuple[str, ...]]:
+    """Return the spec of a version's run and the digests of its files, after checking that they can be learned again.
+
+    Raises:
+        DataValidationError: A file was replaced by another.
+        ForgottenRowsError: Rows of the arrival were forgotten.
+        RegistryError: Nothing is left of the version but its entry.
+        StoreError: A file is gone.
+    """
+    store = current_store()
+    if version.is_consolidation:
+        raise ConfigError(
+            f"Version {version.version} of '{version.lineage}' is a consolidation, which has no arrival of its own; "
+            f"consolidate again with: deal lineage consolidate {version.lineage}"
+        )
+    refuse_forgotten(store, version.task, [version.dataset_sha256])
+    if not store.exists(f"{version.adapter_uri}/{FINDINGS_FILE}"):
+        require_adapter(version)
+    spec = parse(AdaptSpec, read_findings(version.adapter_uri).spec, f"version {version.version}")
+    files = require_same_files(store, spec.task, version)
+    refuse_forgotten(store, version.task, files)
+    return spec, files
+
+
 def _finish_run(store: ObjectStore, version: Version) -> None:
     """Complete the run of a lineage's newest version: promotion, report, work folder, notice, training rows, end.
 
@@ -132,7 +169,7 @@ def _finish_run(store: ObjectStore, version: Version) -> None:
     findings = None
     with _logging(version, "write its report"):
         findings = read_findings(version.adapter_uri)
-        report_version(version, read_record(store, version).base.name, findings, {})
+        write_reports(version, read_record(store, version).base.name, findings, {})
         state = "finished"
     with _logging(version, "remove its work folder"):
         remove_work(run)

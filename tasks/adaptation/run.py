@@ -1,37 +1,42 @@
-"""A run: its identity, its entry in the journal, what was learned before, and what its stages share."""
+"""A run: its identity, its entry in the journal, its start, and what its stages share."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from prefect import runtime
+from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
+from pydantic import BaseModel
 
 from deal_core.config import AdapterConfig, Quantize
-from deal_core.data.schema import TaskSchema
-from deal_core.errors import DataValidationError
+from deal_core.errors import DataValidationError, DealError
+from infra.branches import Head
 from infra.run_journal import Run, RunJournal
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.format import write_format
 from infra.versions import Version, Versions
-from tasks.base import lend_base, load
+from tasks.base import lend_base, load, refuse_what_cannot_fit
 from tasks.context import current_store, work_folder
-from tasks.lineage.choices import settings_of
+from tasks.lineage.choices import choose_base, settings_of
 from tasks.lineage.consolidation import ConsolidationPlan
 from tasks.lineage.datasets import read_manifest
-from tasks.lineage.frozen_rows import KeptAnswers, parts_left, read_answers
-from tasks.lineage.record import FrozenRows, KnownTask, LineageRecord, choose_task
-from tasks.lineage.requests import AskedFor, Renewal, find_renewal
+from tasks.lineage.frozen_rows import parts_left
+from tasks.lineage.record import FrozenRows, KnownTask, LineageRecord, choose_task, require_same_base
+from tasks.lineage.requests import Renewal, find_renewal
 from tasks.lineage.version_files import fetch_adapter
-from tasks.progress import Interrupted
+from tasks.mlflow_mirror import end_failed
+from tasks.progress import Interrupted, staged
 from tasks.references import BaseRef, DatasetRef, ScoredArrival
 from tasks.spec import AdaptSpec
 
@@ -72,24 +77,10 @@ STAGE: dict[str, Any] = {
 """Options of every stage. Prefect's cache is not used: a run finds its own results by its key and goes on from them."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Remake:
-    """A step of a branch: the arrival of a version is learned again, and the champion stays; see `infra.branches`."""
+class AdaptationRun(BaseModel, frozen=True, extra="forbid"):
+    """What a run learns, what it continues, and how. It is plain data, so every stage can be started with it."""
 
-    branch: int
-    version: str
-    """The version whose arrival is learned again."""
-    parent: Version | None
-    """The version that the new one continues; None: it starts from the base model."""
-    asked: AskedFor
-    dataset: DatasetRef | None = None
-    """The dataset with the rows that the store retains; None: the arrival's file is read."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunInputs:
-    """What a run starts from: its arrival, its parent, and what its spec and its lineage choose."""
-
+    head: Head
     spec: AdaptSpec
     dataset: DatasetRef
     base: BaseRef
@@ -97,24 +88,28 @@ class RunInputs:
     """Shape of the lineage's adapter."""
     strategy: str
     parent: Version | None
-    """The version that the new one continues, the champion unless a branch is made; None: it starts from the base
-    model, and has no record."""
+    """The version that the new one continues; None: it starts from the base model, and has no record."""
     record: LineageRecord | None
-    attempt: int
+    """The parent's."""
+    tasks: tuple[KnownTask, ...]
+    """All tasks of the new version, each with the test rows that judge it."""
+    renewal: Renewal
+    """What the arrival does to the test rows of its task."""
+    attempt: int = 0
     """Number of versions that were trained on the dataset before, if it is to be trained again."""
-    requeued_sha256: str | None
-    """Digest of the dataset of the version whose arrival is learned again; None: no version is replaced."""
+    relearns: Version | None = None
+    """The version whose arrival is learned again; None: the arrival is new, or a consolidation is made."""
     consolidation: ConsolidationPlan | None = None
     """What is learned together; None: one arrival is learned. Then `dataset` stands for all of its rows."""
-    remake: Remake | None = None
-    """The step of a branch; None: the version continues the champion."""
     tested: ScoredArrival | None = None
-    """What the version before scored on the arrival's rows; None: it was not asked."""
+    """What the parent scored on the arrival's rows; None: it was not asked."""
+    row_scores: tuple[float, ...] = ()
+    """The score of each row that the parent was asked."""
 
     @property
     def lineage(self) -> str:
         """The lineage that learns."""
-        return self.spec.lineage
+        return self.head.lineage
 
     @property
     def config_sha256(self) -> str:
@@ -126,40 +121,66 @@ class RunInputs:
         """The run's identity. The same arrival, parent and settings give the same key."""
         dataset, origin = self.dataset, self.parent.version if self.parent else "base"
         parts = [self.lineage, self.base.sha256, dataset.task, dataset.sha256, origin, self.config_sha256, self.attempt]
-        branch = [{"branch": self.remake.branch}] if self.remake else []
+        branch = [] if self.head.branch is None else [{"branch": self.head.branch}]
         return hashlib.sha256(json.dumps([*parts, *dataset.new_labels, *branch]).encode()).hexdigest()
 
+    @property
+    def run(self) -> Run:
+        """The run as its entry in the journal begins."""
+        dataset, together = self.dataset, self.consolidation
+        params = {
+            "base": self.base.name,
+            **settings_of(self.spec, self.adapter, self.strategy),
+            "attempt": self.attempt,
+        }
+        if together is not None:
+            params["consolidation"] = {"start": together.start, "arrivals": len(together.arrivals)}
+        return Run(
+            lineage=self.lineage,
+            task=dataset.task,
+            run_key=self.run_key,
+            dataset_uri=dataset.uri,
+            dataset_sha256=dataset.sha256,
+            num_rows={"train": dataset.num_train, "test": dataset.num_test, "rejected": dataset.num_rejected},
+            base_sha256=self.base.sha256,
+            parent_version=self.parent.version if self.parent else None,
+            params=params,
+            started=datetime.now(UTC),
+        )
 
-@dataclass(frozen=True, kw_only=True)
-class AdaptationRun(RunInputs):
-    """What the stages from training to report work with. It is made once; no stage reads or downloads it again."""
+    @property
+    def adapter_uri(self) -> str:
+        """The folder of the new adapter in the store."""
+        return keys.adapter_uri(self.lineage, keys.short_run(self.run_key))
 
-    run: Run
-    """The run's entry in the journal."""
-    schema: TaskSchema
-    """The schema of the dataset's task."""
-    parent_folder: Path | None
-    """A copy of the parent's adapter on this machine, compared with its digests; None without a parent."""
-    parent_answers: KeptAnswers
-    """The parent's answers to the test rows of its tasks; empty without a parent, or if they were forgotten."""
-    tasks: tuple[KnownTask, ...]
-    """All tasks of the new version, each with the test rows that judge it."""
-    renewal: Renewal
-    """What the arrival does to the test rows of its task."""
+    @property
+    def jobs_folder(self) -> str:
+        """The folder in the store for jobs on other machines. It goes when the run is registered."""
+        return keys.jobs_folder(self.adapter_uri)
 
     @property
     def folder(self) -> Path:
         """The folder of the run's checkpoints and results on this machine."""
-        return work_folder(self.run.lineage, self.run.short_key)
+        return work_folder(self.lineage, keys.short_run(self.run_key))
+
+    @property
+    def parent_folder(self) -> Path | None:
+        """The copy of the parent's adapter on this machine that `start_run` makes; None without a parent."""
+        return self.folder / "parent" if self.parent else None
 
 
-def find_repeat(dataset: DatasetRef, lineage: str) -> Version | None:
+def find_repeat(dataset: DatasetRef, lineage: str, again: bool = False) -> Version | None:
     """Return the accepted version that learned this dataset, or None.
 
     A version with the same landed rows but another split counts too, unless the champion or one of its ancestors
     learned these rows. In that case the test rows were forgotten, and the arrival brings new test rows.
+
+    If it is trained `again`, only the version counts that this flow run made before it was interrupted.
     """
     versions = Versions(current_store()).all(lineage)
+    if again:
+        own = [version for version in versions if version.flow_run and version.flow_run == runtime.flow_run.id]
+        return next((version for version in own if version.dataset_sha256 == dataset.sha256), None)
     learned = [version for version in versions if version.standing == "learned"]
     promoted = [version for version in versions if version.since.promoted is not None or version in learned]
     same = [version for version in promoted if version.dataset_sha256 == dataset.sha256]
@@ -172,58 +193,65 @@ def find_repeat(dataset: DatasetRef, lineage: str) -> Version | None:
     return None if repeated.is_rejected else repeated
 
 
-def find_own(dataset: DatasetRef, lineage: str) -> Version | None:
-    """Return the version that this flow run trained on the dataset before it was interrupted, or None."""
-    flow_run = runtime.flow_run.id
-    for version in Versions(current_store()).all(lineage):
-        if version.flow_run and version.flow_run == flow_run and version.dataset_sha256 == dataset.sha256:
-            return version
-    return None
-
-
-def count_attempts(lineage: str, dataset: DatasetRef) -> int:
-    """Return the number of the lineage's versions that were trained on this dataset."""
-    return sum(version.dataset_sha256 == dataset.sha256 for version in Versions(current_store()).all(lineage))
-
-
 def identify_base(source: str, quantize: Quantize = "none") -> BaseRef:
     """Load a base model and return its name and digest."""
     base = load(source, quantize)
     return BaseRef(source=source, name=base.name, sha256=base.sha256, quantize=quantize)
 
 
-def start_run(inputs: RunInputs) -> Run:
-    """Write the run into the journal, or continue the one that a crash left."""
-    store, dataset, parent, together = current_store(), inputs.dataset, inputs.parent, inputs.consolidation
-    write_format(store)  # before anything of a version, so that the store is known as one of this release
-    run = Run(
-        lineage=inputs.lineage,
-        task=dataset.task,
-        run_key=inputs.run_key,
-        dataset_uri=dataset.uri,
-        dataset_sha256=dataset.sha256,
-        num_rows={"train": dataset.num_train, "test": dataset.num_test, "rejected": dataset.num_rejected},
-        base_sha256=inputs.base.sha256,
-        parent_version=parent.version if parent else None,
-        params={
-            "base": inputs.base.name,
-            **settings_of(inputs.spec, inputs.adapter, inputs.strategy),
-            "attempt": inputs.attempt,
-            **(
-                {}
-                if together is None
-                else {"consolidation": {"start": together.start, "arrivals": len(together.arrivals)}}
-            ),
-        },
-        started=datetime.now(UTC),
-    )
-    return RunJournal(store).start(run)
+@task(name="base", **STAGE)
+@staged("base", attrgetter("name"))
+def load_base(spec: AdaptSpec, record: LineageRecord | None, adapter: AdapterConfig, strategy: str) -> BaseRef:
+    """Load the base model, which stays in memory for the stages that follow.
+
+    Raises:
+        ConfigError: The run cannot fit on this device, or the lineage has another base model.
+    """
+    source, num_versions = choose_base(spec, record), len(record.matrix.trained) if record else 0
+    refuse_what_cannot_fit(source, adapter, strategy, spec.method, spec.train, num_versions=num_versions)
+    base = identify_base(source, spec.train.quantize)
+    if record:
+        require_same_base(record, base)
+    return base
 
 
-def prepare(inputs: RunInputs, run: Run) -> AdaptationRun:
-    """Gather what the stages of a run work with, and copy the parent's adapter to this machine.
+def plan_run(*, again: bool, **fields: Any) -> AdaptationRun:
+    """Return the run with these fields, after finding which test rows judge its version.
 
-    The base model is in memory still, and its fingerprint is stored.
+    If it is trained `again`, the versions count that were trained on its dataset before.
+    """
+    store, spec, dataset = current_store(), fields["spec"], fields["dataset"]
+    record: LineageRecord | None = fields["record"]
+    if record is not None and fields["consolidation"] is not None:  # test rows stay as they are
+        schema, renewal = choose_task(record, dataset.task).schema, Renewal(None, record.slices, None)
+    else:
+        schema, renewal = read_manifest(store, dataset.uri).task, find_renewal(store, record, dataset)
+    # The parent's tasks, of which the arrival may replace the test rows, and a task that is new.
+    tasks = [
+        known.judged_by(dataset) if known == renewal.known else _as_judged_next(store, known)
+        for known in (record.tasks if record else ())
+    ]
+    if renewal.known is None and dataset.num_added:
+        added = FrozenRows(dataset_uri=dataset.uri, num_rows=dataset.num_added)
+        tasks = [replace(known, added=added) if known.schema.name == dataset.task else known for known in tasks]
+    if all(known.schema.name != dataset.task for known in tasks):
+        new = KnownTask(
+            schema=schema,
+            tests=(FrozenRows(dataset_uri=dataset.uri, num_rows=dataset.num_test),),
+            max_prompt_tokens=spec.train.max_prompt_tokens,
+            max_new_tokens=spec.train.answer_tokens(schema.labels),
+        )
+        tasks.append(new)
+    widened = tuple(replace(known, schema=dataset.widen(known.schema)) for known in tasks)
+    before = Versions(store).all(spec.lineage) if again else ()
+    attempt = sum(version.dataset_sha256 == dataset.sha256 for version in before)
+    return AdaptationRun(**fields, tasks=widened, renewal=renewal, attempt=attempt)
+
+
+@task(name="start", **STAGE)
+@staged("start")
+def start_run(adaptation: AdaptationRun) -> None:
+    """Write a run into the journal, or continue the one that a crash left, and copy the parent's adapter here.
 
     Raises:
         IntegrityError: The parent's adapter is damaged.
@@ -231,54 +259,30 @@ def prepare(inputs: RunInputs, run: Run) -> AdaptationRun:
     """
     from infra.fingerprints import keep_fingerprint
 
-    store, dataset, parent, record = current_store(), inputs.dataset, inputs.parent, inputs.record
-    base = inputs.base
-    keep_fingerprint(store, base.sha256, base.quantize, partial(lend_base, base))  # for deal serve --engine
-    if record is not None and inputs.consolidation is not None:  # test rows stay as they are
-        schema, renewal = choose_task(record, dataset.task).schema, Renewal(None, record.slices, None)
-    else:
-        schema, renewal = read_manifest(store, dataset.uri).task, find_renewal(store, record, dataset)
-    parent_folder = None
-    if parent is not None:
-        parent_folder = work_folder(run.lineage, run.short_key) / "parent"
-        shutil.rmtree(parent_folder, ignore_errors=True)  # of an earlier try, which may be incomplete or damaged
-        fetch_adapter(store, parent, parent_folder)
-    # The parent's tasks, of which the arrival may replace the test rows, and a task that is new.
-    tasks = [
-        task.judged_by(dataset) if task == renewal.known else _as_judged_next(store, task)
-        for task in (record.tasks if record else ())
-    ]
-    if renewal.known is None and dataset.num_added:
-        added = FrozenRows(dataset_uri=dataset.uri, num_rows=dataset.num_added)
-        tasks = [replace(task, added=added) if task.schema.name == dataset.task else task for task in tasks]
-    if all(task.schema.name != dataset.task for task in tasks):
-        new = KnownTask(
-            schema=schema,
-            tests=(FrozenRows(dataset_uri=dataset.uri, num_rows=dataset.num_test),),
-            max_prompt_tokens=inputs.spec.train.max_prompt_tokens,
-            max_new_tokens=inputs.spec.train.answer_tokens(schema.labels),
-        )
-        tasks.append(new)
-    return AdaptationRun(
-        **vars(inputs),
-        run=run,
-        schema=schema,
-        parent_folder=parent_folder,
-        parent_answers=read_answers(store, parent.adapter_uri) if parent else KeptAnswers({}, {}),
-        tasks=tuple(replace(task, schema=dataset.widen(task.schema)) for task in tasks),
-        renewal=renewal,
-    )
+    store, base = current_store(), adaptation.base
+    write_format(store)  # before anything of a version, so that the store is known as one of this release
+    with failing(RunJournal(store).start(adaptation.run)):
+        keep_fingerprint(store, base.sha256, base.quantize, partial(lend_base, base))  # for deal serve --engine
+        if adaptation.parent is not None and adaptation.parent_folder is not None:
+            shutil.rmtree(adaptation.parent_folder, ignore_errors=True)  # an earlier try may have left it incomplete
+            fetch_adapter(store, adaptation.parent, adaptation.parent_folder)
 
 
-def _as_judged_next(store: ObjectStore, task: KnownTask) -> KnownTask:
+@contextmanager
+def failing(run: Run) -> Iterator[None]:
+    """Write into the journal that the run failed, if the block does."""
+    try:
+        yield
+    except BaseException:
+        with suppress(DealError):  # it must not hide the run's own error
+            end_failed(RunJournal(current_store()).end(run, "failed"))
+        raise
+
+
+def _as_judged_next(store: ObjectStore, known: KnownTask) -> KnownTask:
     """The task with all of its test rows that were not forgotten; if all of them were, as it is."""
-    grown = task.grown()
+    grown = known.grown()
     return replace(grown, tests=parts_left(store, grown) or grown.tests)
-
-
-def jobs_of(inputs: RunInputs) -> str:
-    """Return the folder in the store for the run's jobs on other machines. It goes when the run is registered."""
-    return keys.jobs_folder(keys.adapter_uri(inputs.lineage, keys.short_run(inputs.run_key)))
 
 
 def remove_work(run: Run) -> None:

@@ -16,25 +16,35 @@ from infra.launch import is_in_this_process, launch_job
 from infra.settings import HomeSettings, LaunchSettings
 from infra.store import keys
 from tasks.adaptation.consolidate import gather_rows
-from tasks.adaptation.run import STAGE, AdaptationRun, jobs_of
+from tasks.adaptation.run import STAGE, AdaptationRun
 from tasks.base import lend_base, release_base
 from tasks.context import current_store
+from tasks.lineage.datasets import read_manifest
 from tasks.mlflow_mirror import LiveCurve
-from tasks.progress import advance
+from tasks.progress import advance, staged
 from tasks.references import TrainedAdapter, TrainSummary
 
 if TYPE_CHECKING:
     from deal_core.training.jobs import Send, TrainingJob
     from deal_core.training.train import TrainingResult, TrainingSetup
 
-PLAIN = "seq_lora"
+CONSOLIDATION_STRATEGY = "seq_lora"
 """The strategy of a consolidation's training: plain LoRA."""
 SUMMARY_FILE = "training.json"
 CHOSEN_FILE = "rows/chosen.parquet"
 SELECTION_FILE = "selection.json"
 
 
+def _describe(trained: TrainedAdapter) -> str:
+    summary = trained.summary
+    resumed = f", resumed from step {summary.resumed_from_step}" if summary.resumed_from_step is not None else ""
+    losses = [loss for _, loss in summary.losses]
+    course = f", loss {losses[0]:.2f} → {losses[-1]:.2f}" if losses else ""
+    return f"{summary.num_steps} steps, {summary.rows_per_second:.1f} rows/s{course}{resumed}"
+
+
 @task(name="train", **STAGE)
+@staged("train", _describe)
 def train_version(adaptation: AdaptationRun) -> TrainedAdapter:
     """Train the run's adapter. After a crash, training continues from the last checkpoint in the work folder.
 
@@ -70,7 +80,7 @@ def train_version(adaptation: AdaptationRun) -> TrainedAdapter:
         flush_to_disk(folder / "adapter")
         with complete_file(folder / SUMMARY_FILE) as part:  # the last file: the adapter is complete
             part.write_text(summary.model_dump_json(), encoding="utf-8")
-    uri = keys.adapter_uri(adaptation.lineage, adaptation.run.short_key)
+    uri = adaptation.adapter_uri
     store.upload_folder(folder / "adapter", uri)
     return TrainedAdapter(folder=folder / "adapter", uri=uri, sha256=summary.adapter_sha256, summary=summary)
 
@@ -96,9 +106,9 @@ def _alone(adaptation: AdaptationRun) -> tuple[TrainingJob, int, tuple[str, ...]
     """The training on one arrival, the number of its rows, and notes about their choice."""
     from deal_core.training.train import TrainingSetup
 
-    folder = adaptation.folder
+    store, folder, dataset_uri = current_store(), adaptation.folder, adaptation.dataset.uri
     setup = TrainingSetup(
-        task=adaptation.schema,
+        task=read_manifest(store, dataset_uri).task,
         old_tasks=tuple(known.schema for known in adaptation.record.tasks) if adaptation.record else (),
         strategy=adaptation.strategy,
         adapter=adaptation.adapter,
@@ -106,7 +116,7 @@ def _alone(adaptation: AdaptationRun) -> tuple[TrainingJob, int, tuple[str, ...]
         train=adaptation.spec.train,
     )
     rows_file = folder / "rows" / keys.TRAIN_FILE
-    current_store().download_file(f"{adaptation.dataset.uri}/{keys.TRAIN_FILE}", rows_file)
+    store.download_file(f"{dataset_uri}/{keys.TRAIN_FILE}", rows_file)
     rows_file, num_rows, notes = _choose(adaptation, setup, rows_file)
     return _job(adaptation, setup, rows_file, adaptation.parent_folder), num_rows, notes
 
@@ -121,7 +131,7 @@ def _together(adaptation: AdaptationRun) -> tuple[TrainingJob, int, tuple[str, .
     first, *others = gather_rows(plan, record, adaptation.folder)
     setup = TrainingSetup(
         task=first.task,
-        strategy=PLAIN,
+        strategy=CONSOLIDATION_STRATEGY,
         adapter=adaptation.adapter,
         method=MethodConfig(),
         train=adaptation.spec.train,
@@ -185,7 +195,7 @@ def _train(training: TrainingJob, adaptation: AdaptationRun, on_message: Send) -
         assert isinstance(result, TrainingResult)
         return result
     release_base()  # rank 0 needs the memory of this device
-    result = launch_job(current_store(), training, jobs_of(adaptation), adaptation.folder / "ranks", on_message)
+    result = launch_job(current_store(), training, adaptation.jobs_folder, adaptation.folder / "ranks", on_message)
     assert isinstance(result, TrainingResult)
     return result
 

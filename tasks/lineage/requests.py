@@ -29,14 +29,6 @@ MAX_NAME = 64
 """Most characters of a task's name, and so of a slice's."""
 
 
-class AskedFor(NamedTuple):
-    """What had been asked for a task when a version was made. What is learned again is learned with the same."""
-
-    labels: tuple[str, ...]
-    """Labels that had been added by command, oldest first."""
-    renews_tests: bool
-
-
 def added_labels(store: ObjectStore, lineage: str, task_name: str) -> tuple[str, ...]:
     """Return the labels that were added to a task by command, oldest first."""
     return read_state(store, lineage).labels.get(task_name, ())

@@ -114,7 +114,7 @@ class RetrainPolicy(BaseModel, frozen=True, extra="forbid"):
         return next(CronSim(self.cron, following, reverse=True))
 
 
-AT_ONCE = RetrainPolicy()
+DEFAULT_POLICY = RetrainPolicy()
 """Nothing waits, and nothing is skipped."""
 
 

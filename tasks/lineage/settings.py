@@ -24,7 +24,7 @@ from infra.store.base import ObjectNotFoundError, ObjectStore, UnusableObjectErr
 from infra.versions import Versions
 from tasks.context import current_store
 from tasks.lineage.consolidation import NEVER, ConsolidatePolicy
-from tasks.lineage.retrain import AT_ONCE, RetrainPolicy
+from tasks.lineage.retrain import DEFAULT_POLICY, RetrainPolicy
 from tasks.spec import AdaptSpec, LineageSpec, Name, parse, read_lineage_values, resolve_base
 
 DEFAULT = "default"
@@ -36,7 +36,7 @@ class WatchedLineage(LineageSpec):
 
     tasks: tuple[Name, ...] = ()
     """The tasks that the lineage learns; empty: every task of the inbox."""
-    retrain: RetrainPolicy = AT_ONCE
+    retrain: RetrainPolicy = DEFAULT_POLICY
     """When the lineage is trained on what has landed."""
     consolidate: ConsolidatePolicy = NEVER
     """When all that was learned is learned again, together."""

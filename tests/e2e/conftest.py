@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.adapt import AdaptResult
+from flows.adapt_result import AdaptResult
 from tests.e2e.whole import whole as whole
 
 AdaptHere = Callable[[Path, Path], AdaptResult]

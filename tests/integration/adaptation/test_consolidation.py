@@ -21,7 +21,7 @@ from deal_core.errors import ConfigError
 from deal_core.strategies.kept_rows import sizes_of
 from deal_pipeline.cli.app import app
 from deal_pipeline.server.status import read_status
-from flows.adapt import AdaptResult
+from flows.adapt_result import AdaptResult
 from flows.consolidate import consolidate, plan
 from flows.forget import forget, plan_forget
 from flows.requeue import requeue

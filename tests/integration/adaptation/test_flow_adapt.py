@@ -17,7 +17,7 @@ import pytest
 
 from deal_core.errors import ConfigError, DataValidationError, RegistryError, StoreError
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
-from flows.adapt import AdaptResult
+from flows.adapt_result import AdaptResult
 from flows.champions import evaluate
 from infra.promotions import Move, PromotionLog
 from infra.run_journal import Run, RunJournal

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 from benchmarks.tiny_base import NO_LIMITS
 from deal_core.errors import ConfigError
 from deal_pipeline.cli.app import app
-from flows.adapt import AdaptResult, adapt
+from flows.adapt import adapt
+from flows.adapt_result import AdaptResult
 from flows.forget import forget
 from flows.requeue import requeue
 from flows.watch import WatchResult, watch

@@ -11,7 +11,7 @@ import pytest
 
 from deal_core.data.rows import stored_input_digest
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
-from flows.adapt import AdaptResult
+from flows.adapt_result import AdaptResult
 from flows.forget import forget
 from infra.versions import Versions
 from tasks.context import current_store

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from deal_core.adapter.files import METHOD_TENSORS_FILE, MethodState
 from deal_core.adapter.state import load_method_state
 from deal_core.strategies.kept_rows import rows_name, unpack
-from flows.adapt import AdaptResult
+from flows.adapt_result import AdaptResult
 from tasks.adaptation.evaluate import score_version
 from tasks.adaptation.resume import read_findings
 from tasks.context import current_store

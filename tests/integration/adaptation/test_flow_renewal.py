@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from deal_pipeline.cli.app import app
-from flows.adapt import AdaptResult
+from flows.adapt_result import AdaptResult
 from flows.forget import forget
 from tasks.context import current_store
 from tasks.lineage.frozen_rows import read_answers

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from deal_core.errors import DataValidationError, RegistryError
 from deal_pipeline.cli.app import app
-from flows.adapt import AdaptResult, adapt
+from flows.adapt import adapt
+from flows.adapt_result import AdaptResult
 from flows.requeue import requeue
 from infra.promotions import PromotionLog
 from infra.store.base import ObjectStore

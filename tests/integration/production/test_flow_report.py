@@ -28,7 +28,8 @@ from benchmarks.tiny_base import NO_LIMITS
 from deal_core.errors import ConfigError, DataValidationError, RegistryError
 from deal_pipeline.cli.app import app
 from deal_pipeline.server.automations import NEVER_BEGAN, apply_notifications, automations, notifications
-from flows.adapt import AdaptResult, adapt
+from flows.adapt import adapt
+from flows.adapt_result import AdaptResult
 from infra.report.run_report import RunReport
 from tasks.context import current_store
 from tasks.lineage.frozen_rows import ANSWERS_FILE

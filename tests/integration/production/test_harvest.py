@@ -23,7 +23,7 @@ from deal_core.evaluation.answering import InputRow, ServedTask, ServedVersion
 from deal_core.evaluation.generation import Confidence
 from deal_core.monitoring.feedback import read_entry
 from deal_pipeline.cli.app import app
-from flows.adapt import AdaptResult
+from flows.adapt_result import AdaptResult
 from infra.predictions import read_feedback, read_predictions
 from infra.serving.prediction_log import PredictionLog
 from infra.store.keys import harvest_key

@@ -16,7 +16,7 @@ from deal_core.evaluation.answering import InputRow
 from deal_core.monitoring.feedback import read_entry
 from deal_core.strategies.kept_rows import pack
 from deal_core.strategies.rehearsal import RehearsedRow
-from flows.adapt import AdaptResult
+from flows.adapt_result import AdaptResult
 from flows.gc import GcResult, gc
 from infra.serving.prediction_log import PredictionLog
 from tasks.context import current_store

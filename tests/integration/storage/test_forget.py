@@ -16,7 +16,7 @@ from deal_core.adapter.state import kept_of_tasks, load_method_state
 from deal_core.errors import ConfigError, DataValidationError, StoreError
 from deal_core.strategies.kept_rows import rows_name, unpack
 from deal_pipeline.cli.data import show_forget_plan
-from flows.adapt import AdaptResult
+from flows.adapt_result import AdaptResult
 from flows.champions import evaluate
 from flows.forget import forget, plan_forget
 from flows.requeue import requeue

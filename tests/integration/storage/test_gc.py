@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from deal_core.errors import ConfigError, DealError, RegistryError
 from deal_pipeline.cli.app import app
-from flows.adapt import AdaptResult
+from flows.adapt_result import AdaptResult
 from infra.predictions import read_feedback, read_predictions
 from infra.store.keys import log_key
 from infra.versions import Versions

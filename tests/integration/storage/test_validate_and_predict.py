@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from deal_core.errors import ConfigError
 from deal_pipeline.cli.app import app
-from flows.adapt import AdaptResult
+from flows.adapt_result import AdaptResult
 from tasks.predict import FileAnswers, predict, predict_file
 from tasks.validate import spec_to_check, validate
 from tests.adapting import BANK

@@ -167,7 +167,7 @@ def test_check_of_a_bad_file_exits_1_and_names_the_rows(deal: Deal, tmp_path: Pa
 def test_requeue_exits_3_where_the_gate_rejects(
     deal: Deal, monkeypatch: pytest.MonkeyPatch, rejected: bool, code: int
 ) -> None:
-    from flows.adapt import AdaptResult
+    from flows.adapt_result import AdaptResult
 
     values = {"lineage": "l", "task": "t", "version": "1", "parent_version": None, "reasons": (), "run_key": "k"}
     counts = {"num_train": 1, "num_test": 1, "num_rejected": 0}

@@ -1,0 +1,213 @@
+"""The result of an adaptation, and the sentence that says how it ended."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, MatrixJson
+from deal_core.evaluation.arrival_check import ArrivalScore
+from deal_core.evaluation.report import AddedRows
+from infra.lineage_state import HeldByCheck
+from infra.versions import Version
+from tasks.adaptation.report import Findings
+from tasks.adaptation.run import AdaptationRun
+from tasks.progress import stage_times
+from tasks.references import Contradiction, DatasetRef
+
+Status = Literal["promoted", "awaiting approval", "rollout", "rejected", "repeat", "skipped", "held", "remade"]
+
+
+class Scores(BaseModel, frozen=True):
+    """The scores of one version; None if undefined (a lineage of one task has no forgetting)."""
+
+    average_accuracy: float | None
+    """Mean accuracy on all tasks."""
+    forgetting: float | None
+    """Mean of what the earlier tasks have lost since their best version; below 0: a gain."""
+    backward_transfer: float | None
+    """Mean of what the earlier tasks have gained since they were learned."""
+    forward_transfer: float | None
+    """Mean of what a task had gained over the base model before it was learned."""
+
+    @classmethod
+    def of(cls, matrix: AccuracyMatrix) -> Scores:
+        """Return the scores of a matrix's last version."""
+        return cls(**{name: getattr(matrix, name) for name in cls.model_fields})
+
+
+class AdaptResult(BaseModel, frozen=True):
+    """The result of one adaptation."""
+
+    status: Status
+    """promoted: the version is champion. repeat: an earlier version has learned the arrival. skipped: nothing was
+    trained, since the champion answers the rows well enough. held: nothing was trained, since the labels disagree with
+    the champion. remade: the version is one of a branch."""
+    rejected: bool
+    """Whether the gate rejected the version, in this run or in the run that this run repeats."""
+    message: str
+    """The outcome in one sentence."""
+    lineage: str
+    task: str
+    version: str
+    """Number of the version; of the champion if the arrival was skipped or held."""
+    parent_version: str | None
+    """The version that it continues; None: it starts from the base model."""
+    reasons: tuple[str, ...]
+    """Why the gate rejected the version, or why the arrival is held."""
+    unsure: tuple[str, ...] = ()
+    """If the gate accepted the version: the tasks on which it could not have seen a drop of gate.max_drop_points."""
+    dataset: DatasetRef
+    run_key: str
+    """Key of the adaptation."""
+    arrival: ArrivalScore | None = None
+    """What the champion scored on the arrival before anything was trained; None: the task was new, or no row could be
+    asked."""
+    contradictions: tuple[Contradiction, ...] = ()
+    """Of an arrival that is held: the rows whose label the champion contradicts most surely."""
+    accuracies: dict[str, float] = {}
+    """Task → accuracy of the version on the task's test rows; empty if nothing was trained."""
+    added: AddedRows | None = None
+    """The test rows that the version adds to those of its task, and the scores on them."""
+    scores: Scores | None = None
+    """None: nothing was trained."""
+    matrix: MatrixJson | None = None
+    """The matrix up to the version; None: nothing was trained."""
+    metrics: dict[str, str] = {}
+    """Each task's metric."""
+    num_steps: int = 0
+    """Optimiser steps of the training."""
+    resumed_from_step: int | None = None
+    """The checkpoint's step from which the training went on; None: it began at the first one."""
+    seconds: dict[str, float] = {}
+    """Stage → its time."""
+
+
+def repeated(version: Version, dataset: DatasetRef) -> AdaptResult:
+    """Return the result of a run whose rows an earlier version has learned."""
+    return _result(version, dataset, status="repeat", message=f"Nothing to do: {_why_repeated(version)}")
+
+
+def _why_repeated(version: Version) -> str:
+    number, standing = version.version, version.standing
+    if version.is_consolidation:
+        is_newest = "no arrival was learned since"
+        why = (
+            is_newest
+            if standing == "learned"
+            else f"has learned the same rows with the same settings: it is {standing}"
+        )
+        return f"version {number} of {version.lineage} is a consolidation, and {why}."
+    trained = f"version {number} was trained on this arrival"
+    match standing:
+        case "learned":
+            return f"version {number} has learned from this arrival; --force trains anew."
+        case "awaiting approval":
+            return f"{trained} and {_awaits_approval(version)}."
+        case "in rollout":
+            return f"{trained} and {_in_rollout(version)}."
+        case "in a branch":
+            return f"{trained} again, and waits for the end of its branch."
+        case "left behind":
+            again = f"deal version requeue {number} --lineage {version.lineage}"
+            return f"{trained}, but the champion does not continue it; learn it again with {again}."
+        case "rejected by a person":
+            return f"{trained} and was rejected; change the settings or give --force."
+        case "rejected by its rollout":
+            return f"{trained} and was rejected by its rollout; change the settings or give --force."
+        case "rejected by the gate":
+            return f"{trained} with the same parent and settings and rejected; change the settings or give --force."
+
+
+def skipped(adaptation: AdaptationRun) -> AdaptResult:
+    """Return the result of a run that trained nothing, because the champion answers the new rows well enough."""
+    champion, tested = adaptation.parent, adaptation.tested
+    assert champion is not None and tested is not None, "the champion was asked"
+    return _result(
+        champion,
+        adaptation.dataset,
+        status="skipped",
+        message=f"Nothing to learn: {tested.sentence}. Version {champion.version} stays champion.",
+        arrival=tested.score,
+        seconds=stage_times(),
+    )
+
+
+def held(adaptation: AdaptationRun, noted: HeldByCheck) -> AdaptResult:
+    """Return the result of a run that trained nothing, because the labels of its arrival disagree with the champion."""
+    champion, tested, spec = adaptation.parent, adaptation.tested, adaptation.spec
+    assert champion is not None and tested is not None, "the champion was asked"
+    shows_texts = spec.data.include_texts
+    release = shlex.join(["deal", "data", "release", *noted.names, "--lineage", spec.lineage])
+    result = _result(
+        champion,
+        adaptation.dataset,
+        status="held",
+        message=f"Nothing was learned: {noted.why} If they are right, let the arrival go on with: {release}",
+        arrival=tested.score,
+        contradictions=tuple(row if shows_texts else row.without_texts for row in tested.contradictions),
+        seconds=stage_times(),
+    )
+    return result.model_copy(update={"rejected": False, "reasons": (noted.why,)})
+
+
+def adapted(version: Version, findings: Findings) -> AdaptResult:
+    """Return the result of a run that trained."""
+    report, summary = findings.evaluation, findings.training
+    status, verdict = _end_of(version)
+    return _result(
+        version,
+        findings.dataset,
+        status=status,
+        message=f"Version {version.version} of {version.lineage} {verdict}.",
+        arrival=version.arrival,
+        accuracies=dict(report.accuracies),
+        added=report.added,
+        scores=Scores.of(report.matrix),
+        matrix=report.matrix.to_json(),
+        metrics=dict(report.metrics),
+        num_steps=summary.num_steps,
+        resumed_from_step=summary.resumed_from_step,
+        seconds=stage_times(),
+    )
+
+
+def _end_of(version: Version) -> tuple[Status, str]:
+    """How the run of a version ended, and the same in words."""
+    match version.outcome:
+        case "rejected":
+            return "rejected", "was rejected by the gate; the champion stays as it was"
+        case _ if version.branch is not None:
+            return "remade", f"learned the arrival of version {version.remakes} again; the champion stays"
+        case "awaiting-approval":
+            return "awaiting approval", _awaits_approval(version)
+        case "rollout":
+            return "rollout", _in_rollout(version)
+        case "promoted":
+            return "promoted", "is champion"
+
+
+def _awaits_approval(version: Version) -> str:
+    which = f"{version.version} --lineage {version.lineage}"
+    return f"awaits approval: deal version promote {which}, or deal version reject {which} --reason REASON"
+
+
+def _in_rollout(version: Version) -> str:
+    return f"is tried on live traffic: deal rollout status --lineage {version.lineage}"
+
+
+def _result(version: Version, dataset: DatasetRef, **fields: Any) -> AdaptResult:
+    return AdaptResult(
+        rejected=not version.accepted,
+        lineage=version.lineage,
+        task=dataset.task,
+        version=version.version,
+        parent_version=version.parent_version,
+        reasons=version.reasons,
+        unsure=version.unsure,
+        dataset=dataset,
+        run_key=version.run_key,
+        **fields,
+    )
