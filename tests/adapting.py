@@ -9,8 +9,10 @@ from typing import Any
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from flows.adapt import adapt
 from flows.adapt_result import AdaptResult
+from infra.branches import Head
 from infra.report.run_report import EVALUATION_FILE, RunReport
 from infra.versions import Version
+from tasks.adaptation.resume import find_parent
 from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.record import LineageRecord, read_record
@@ -44,6 +46,11 @@ def run(base: Path, task: dict[str, Any], *, again: bool = False, **settings: An
         **settings,
     }
     return asyncio.run(adapt(parse(AdaptSpec, values, "test"), again=again))
+
+
+def next_parent() -> Version | None:
+    """The version that lineage `l` continues next, after what a crash has interrupted is completed."""
+    return asyncio.run(find_parent.fn(Head(lineage="l")))
 
 
 def version_of(result: AdaptResult) -> Version:

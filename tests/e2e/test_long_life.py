@@ -166,7 +166,7 @@ def unlearn(home: Path, url: str) -> None:
     """Delete acme's rows, and let the weights forget them; the server answers all the time."""
     named = ("data", "delete", f"inbox/{ACME}/acme.jsonl", "--relearn", "--lineage", LINEAGE)
     planned = deal(home, *named, "--dry-run")
-    assert [step["version"] for step in planned["branch"]["steps"]] == ["5", "6"]
+    assert [*planned["branch"]["arrivals"]] == ["5", "6"]
     assert len(Versions(current_store()).all(LINEAGE)) == 6, "a dry run makes nothing"
     result = deal(home, *named, "--yes")
     assert (result["status"], result["champion"]) == ("swapped", "8")

@@ -27,7 +27,7 @@ def test_a_lineage_moves_to_a_model_that_was_trained_on_other_texts_and_back(tmp
 
     words = ("lineage", "rebase", "demo", "--base", new)
     planned = deal(home, *words, "--dry-run")
-    assert [step["task"] for step in planned["branch"]["steps"]] == ["bank", "clinic"] and not planned["branch"]["lost"]
+    assert [*planned["branch"]["arrivals"].values()] == ["bank", "clinic"] and not planned["branch"]["lost"]
     result = deal(home, *words, "--yes")
     assert (result["status"], result["champion"]) == ("swapped", "4"), result
     assert min(result["before"].values()) > CLEARLY_LEARNED < min(result["accuracies"].values())

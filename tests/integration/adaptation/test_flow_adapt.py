@@ -22,11 +22,10 @@ from flows.champions import evaluate
 from infra.promotions import Move, PromotionLog
 from infra.run_journal import Run, RunJournal
 from infra.versions import UNREGISTERED, Version, Versions
-from tasks.adaptation.resume import find_parent
 from tasks.context import current_store
 from tasks.lineage.promotion import move_champion
 from tasks.predict import predict
-from tests.adapting import BANK, CLINIC, FAIL, PASS, evaluation_of, page_of, record_of, run, version_of
+from tests.adapting import BANK, CLINIC, FAIL, PASS, evaluation_of, next_parent, page_of, record_of, run, version_of
 from tests.conftest import MakeOnce
 from tests.receiver import Receiver
 from tests.registering import in_mlflow, mlflow_run
@@ -225,7 +224,7 @@ def test_other_settings_do_not_make_an_adapted_arrival_new(
 ) -> None:
     assert run(tiny_base, BANK, deal={"energy": 0.9}).status == "repeat"
     tasks = [name.rpartition("-")[0] for each in caplog.records if (name := getattr(each, "task_run_name", None))]
-    assert tasks == ["ingest"], "Prefect knows the stages of a run as tasks"
+    assert tasks == ["parent", "ingest"], "Prefect knows the stages of a run as tasks"
 
 
 def test_a_rejected_version_is_kept_and_is_nobodys_parent(tiny_base: Path, first: AdaptResult) -> None:
@@ -242,7 +241,7 @@ def test_a_rejected_version_is_kept_and_is_nobodys_parent(tiny_base: Path, first
     repeat = run(tiny_base, CLINIC, gate=FAIL)
     assert (repeat.status, repeat.rejected, repeat.version) == ("repeat", True, "2")
     assert len(versions()) == 2
-    parent = find_parent("l")
+    parent = next_parent()
     assert parent is not None and parent.version == "1"
 
 
@@ -334,9 +333,9 @@ def test_a_report_that_fails_after_a_promotion_fails_no_run_and_a_later_run_writ
         assert [notice["event"] for notice in receiver.told()] == ["deal.version.promoted"], "no failure"
         with pytest.raises(RegistryError):
             page_of(learned)
-        assert find_parent("l") == version_of(learned), "the lineage goes on without the report"
+        assert next_parent() == version_of(learned), "the lineage goes on without the report"
 
-    assert find_parent("l") == version_of(learned)
+    assert next_parent() == version_of(learned)
     assert journal_of(learned).state == "finished" and page_of(learned)[0].version == learned.version
 
 
@@ -349,7 +348,7 @@ def test_a_journal_that_cannot_be_written_does_not_hide_why_a_run_failed(
     def refuse(*args: Any) -> None:
         raise StoreError("the store is away")
 
-    monkeypatch.setattr("flows.adapt._train_to_promotion", break_down)
+    monkeypatch.setattr("flows.adapt.train_version", break_down)
     monkeypatch.setattr(RunJournal, "end", refuse)
     with pytest.raises(DataValidationError, match="the cause"):
         run(tiny_base, BANK)

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 from botocore.exceptions import EndpointConnectionError
+from prefect import flow
 
 import tasks.adaptation.ingest as ingest_stage
 import tasks.adaptation.train as train_stage
 from deal_core.errors import DataValidationError, StoreError
+from flows.adapt import begin
 from infra.store.local import FileStore
 from infra.versions import Versions
 from tasks.adaptation.evaluate import evaluate_version
@@ -21,14 +23,20 @@ from tasks.adaptation.ingest import ingest_arrival
 from tasks.adaptation.promote import promote_version
 from tasks.adaptation.register import register_version
 from tasks.adaptation.report import report_version
+from tasks.adaptation.resume import find_parent
+from tasks.adaptation.run import AdaptationRun, load_base, start_run
 from tasks.adaptation.train import train_version
 from tasks.context import current_store
+from tasks.references import TrainedAdapter
 from tasks.spec import AdaptSpec, parse
-from tests.adapting import BANK, run
+from tests.adapting import BANK, CLINIC, FAIL, run
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 QUICK = {"max_steps": 3, "max_prompt_tokens": 192, "max_answer_tokens": 12, "checkpoint_steps": 0}
 STAGES = (
+    find_parent,
+    load_base,
+    start_run,
     ingest_arrival,
     train_version,
     evaluate_version,
@@ -57,6 +65,14 @@ def counted(patch: pytest.MonkeyPatch, module: Any, name: str) -> list[str]:
 
     patch.setattr(module, name, call)
     return calls
+
+
+def prepare(base: Path, task: dict[str, Any]) -> AdaptationRun:
+    """All that comes before the training of a task."""
+    spec = parse(AdaptSpec, {"lineage": "l", "base_model": str(base), "task": task, "train": QUICK}, "test")
+    prepared = asyncio.run(flow(begin)(spec))
+    assert isinstance(prepared, AdaptationRun)
+    return prepared
 
 
 def test_a_stage_that_loses_its_connection_is_tried_again_and_the_run_goes_on(
@@ -97,14 +113,32 @@ def test_a_stage_that_loses_its_connection_is_tried_again_and_the_run_goes_on(
     assert [version.version for version in Versions(current_store()).all("l")] == ["1"], "nothing is registered twice"
 
 
-def test_a_flow_of_ones_own_trains_and_scores_and_registers_nothing(tiny_base: Path, tmp_path: Path) -> None:
-    """The example of docs/architecture.md, as it stands there."""
-    page = (Path(__file__).parents[3] / "docs" / "architecture.md").read_text(encoding="utf-8")
-    (tmp_path / "example.py").write_text(page.partition("```python\n")[2].partition("```")[0])
-    example = runpy.run_path(str(tmp_path / "example.py"))
-    spec = parse(AdaptSpec, {"lineage": "l", "base_model": str(tiny_base), "task": BANK, "train": QUICK}, "test")
-    assert asyncio.run(example["try_out"](spec)).keys() == {"bank"}
+def test_a_flow_of_ones_own_trains_and_judges_and_registers_nothing(tiny_base: Path) -> None:
+    """docs/own_flow.py, as it stands there."""
+    example = runpy.run_path(str(Path(__file__).parents[3] / "docs" / "own_flow.py"))
+    values = {"lineage": "l", "base_model": str(tiny_base), "task": BANK, "train": QUICK, "gate": FAIL}
+    assert asyncio.run(example["try_out"](parse(AdaptSpec, values, "test"))).startswith("rejected: bank ")
     assert Versions(current_store()).all("l") == ()
+    assert run(tiny_base, BANK).status == "promoted"
+    assert "version 1 has learned from this arrival" in asyncio.run(
+        example["try_out"](parse(AdaptSpec, values, "test"))
+    )
+
+
+def test_what_goes_through_the_stages_is_plain(tiny_base: Path) -> None:
+    """A stage can be started with what was written as JSON: on another day, by another program."""
+    run(tiny_base, BANK)
+    prepared = prepare(tiny_base, CLINIC)
+    again = AdaptationRun.model_validate_json(prepared.model_dump_json())
+    assert (again.run_key, again.tasks, again.renewal, again.spec) == (
+        prepared.run_key,
+        prepared.tasks,
+        prepared.renewal,
+        prepared.spec,
+    )
+    trained = asyncio.run(train_version.fn(again))
+    report = asyncio.run(evaluate_version.fn(again, TrainedAdapter.model_validate_json(trained.model_dump_json())))
+    assert set(report.accuracies) == {"bank", "clinic"} and report.adapter is not None and report.adapter.is_changed
 
 
 def test_a_mistake_in_the_data_is_not_tried_again(

@@ -144,7 +144,7 @@ def test_it_goes_on_wherever_it_was_killed_and_learns_nothing_twice(
         False,
         True,
     ]
-    assert delete("beds").branch.steps == (), "the present champion never saw the rows"
+    assert delete("beds").branch.arrivals == {}, "the present champion never saw the rows"
 
 
 def test_an_arrival_is_refused_at_once_while_the_branch_is_at_work(monkeypatch: pytest.MonkeyPatch) -> None:

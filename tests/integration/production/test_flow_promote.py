@@ -25,7 +25,6 @@ from flows.requeue import requeue
 from infra.promotions import PromotionLog
 from infra.store.base import ObjectStore
 from infra.versions import Since, Version, Versions
-from tasks.adaptation.resume import find_parent
 from tasks.context import current_store
 from tasks.housekeeping.arrivals import list_data
 from tasks.lineage.history import find_version, read_history
@@ -38,6 +37,7 @@ from tasks.lineage.promotion import (
     roll_back,
 )
 from tasks.spec import AdaptSpec, parse
+from tests.adapting import next_parent
 from tests.conftest import MakeOnce
 from tests.e2e.command import DEAL, environment
 from tests.in_process import KilledError
@@ -220,7 +220,7 @@ def test_a_version_that_needs_approval_waits_and_is_no_parent(tiny_base: Path, w
     repeat = learn(tiny_base, "clinic", approval="manual")
     assert (repeat.status, repeat.rejected, repeat.version) == ("repeat", False, "3")
     assert "deal version promote 3 --lineage l" in repeat.message
-    parent = find_parent("l")
+    parent = next_parent()
     assert parent is not None and parent.version == "2"
 
     promote_to("l", "3", **BY)
@@ -234,7 +234,7 @@ def test_a_refused_version_never_serves(tiny_base: Path, waiting: None) -> None:
     for move in (promote_to, roll_back):
         with pytest.raises(RegistryError, match="rejected by a person"):
             move("l", "3", **BY)
-    assert find_parent("l") is not None and aliases()["champion"] == "2", "a later run does not complete it"
+    assert next_parent() is not None and aliases()["champion"] == "2", "a later run does not complete it"
     last = PromotionLog(current_store()).moves("l")[-1]
     assert (last.action, last.version, last.champion, last.why) == ("rejected", "3", "2", "labels look wrong")
     assert "was rejected" in learn(tiny_base, "clinic", approval="manual").message
@@ -308,10 +308,10 @@ def test_a_version_whose_run_died_before_its_promotion_is_promoted_by_the_next_r
         with pytest.raises(KilledError):
             learn(tiny_base, "clinic")
     assert aliases()["champion"] == "2" and len(Versions(current_store()).all("l")) == 3
-    parent = find_parent("l")
+    parent = next_parent()
     assert parent is not None and parent.version == "3" == aliases()["champion"]
     assert roll_back("l", None, **BY).before == "3"
-    parent = find_parent("l")
+    parent = next_parent()
     assert parent is not None and parent.version == "2", "a version that was rolled back is not promoted again"
     assert "deal version requeue 3" in learn(tiny_base, "clinic").message
 

@@ -16,10 +16,10 @@ from flows.champions import abort_rollout, check_rollout, finish_rollout
 from flows.promote import decide
 from infra.promotions import PromotionLog
 from infra.versions import Version, Versions
-from tasks.adaptation.resume import find_parent
 from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.promotion import find_left_behind, promote_accepted, promote_to, reject_version, roll_back
+from tests.adapting import next_parent
 from tests.registering import register
 
 BY = {"who": "Ada", "why": "a test"}
@@ -71,7 +71,7 @@ def test_a_version_in_rollout_is_neither_champion_nor_parent_nor_left_behind() -
     promote_accepted(store, find_version(store, "l", "4"))  # its run died, and is completed again
     promote_accepted(store, version)
     assert len(PromotionLog(current_store()).moves("l")) == num_moves
-    parent = find_parent("l")
+    parent = next_parent()
     assert parent is not None and parent.version == "3" and find_left_behind("l") == ()
     entries = [json.loads(current_store().get_bytes(info.key)) for info in current_store().list("promotions/l")]
     assert [entry.get("rollout") for entry in entries] == [None] * (num_moves - 1) + ["canary"]

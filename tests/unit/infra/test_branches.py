@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from deal_core.errors import StoreError
-from infra.branches import Branch, BranchEnd, Branches, Step, is_swapped, made_by, tip_of
+from infra.branches import Branch, BranchEnd, Branches, is_swapped, made_by, tip_of
 from infra.promotions import PromotionLog
 from infra.store.keys import branch_key
 from infra.store.local import FileStore
 from infra.versions import Version
 from tests.stored_versions import VERSION, move, store_version
 
-STEPS = (Step(version="2", task="a"), Step(version="3", task="b", labels=("new",), renews_tests=True))
+ARRIVALS = {"2": "a", "3": "b"}
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def branches(tmp_path: Path) -> Branches:
 
 
 def a_branch(number: int = 1, root: str | None = "1") -> Branch:
-    return Branch(lineage="l", number=number, who="Ada", root=root, champion="3", steps=STEPS, base_model="b")
+    return Branch(lineage="l", number=number, who="Ada", root=root, champion="3", arrivals=ARRIVALS, base_model="b")
 
 
 def test_of_two_writers_one_begins_a_branch_and_it_stays_open_until_its_end(branches: Branches) -> None:

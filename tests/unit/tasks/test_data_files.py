@@ -24,7 +24,7 @@ from deal_core.errors import ConfigError, DataValidationError, StoreError
 from infra.settings import StoreSettings
 from infra.store.local import FileStore, open_store
 from infra.store.s3 import S3Store, make_client
-from tasks.adaptation.ingest import ingest_arrival
+from tasks.adaptation.ingest import ingest
 from tasks.arrivals import sense_inbox
 from tasks.context import current_store
 from tasks.data_files import local_files
@@ -418,7 +418,7 @@ def test_a_folder_in_the_inbox_of_a_bucket_is_one_arrival(bucket: Any, monkeypat
     store.put_bytes(f"{folder}/_SUCCESS", b"")
     assert complete() == [folder, "inbox/bank/whole.csv"]
     arrivals = (task_spec(store, key) for key in complete())
-    parts, whole = (ingest_arrival.fn(arrival, DataConfig(max_bad_share=0.1), None, "l") for arrival in arrivals)
+    parts, whole = (ingest(arrival, DataConfig(max_bad_share=0.1), None, "l") for arrival in arrivals)
     assert (parts.sha256, parts.num_train, parts.num_test) == (whole.sha256, whole.num_train, whole.num_test)
     (bad,) = map(json.loads, store.get_bytes(str(parts.quarantine)).splitlines())
     assert (bad["file"], bad["row"], bad["reason"]) == ("may/part-1.csv", 12, "empty text")

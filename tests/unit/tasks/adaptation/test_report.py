@@ -10,7 +10,7 @@ import pytest
 
 from deal_core.config import DataConfig
 from infra.report.page import verdict_of
-from tasks.adaptation.ingest import ingest_arrival
+from tasks.adaptation.ingest import ingest
 from tasks.adaptation.report import _ended_as, _quality, artifact_key, markdown_of, problem_of, thin
 from tasks.context import current_store
 from tasks.spec import TaskSpec
@@ -62,7 +62,7 @@ def test_contradictions_are_told_with_their_texts_only_where_texts_may_be(
     rows += [{"text": "Jane Doe called", "label": label} for label in ("lost", "late", "yes, please")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arrival = TaskSpec(name="calls", data=str(tmp_path / "rows.jsonl"))
-    dataset = ingest_arrival.fn(arrival, DataConfig(include_texts=is_kept), None, "l")
+    dataset = ingest(arrival, DataConfig(include_texts=is_kept), None, "l")
     several, separated = _quality(current_store(), dataset, is_shown).warnings
     assert several.startswith("Texts with several labels: 1 (")
     assert ("'Jane Doe called': 'late' and 'lost' and 'yes, please'" in several) == (is_kept and is_shown)

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,14 +14,15 @@ from deal_core.config import AdapterConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
+from infra.branches import Head
 from infra.lineage_state import update
 from infra.store.local import FileStore
-from tasks.adaptation.run import RunInputs
+from tasks.adaptation.run import AdaptationRun
 from tasks.landing import _new_label_remedy, choose_schema
 from tasks.lineage.record import FrozenRows, KnownTask, LineageRecord
-from tasks.lineage.requests import find_renewal
+from tasks.lineage.requests import Renewal, find_renewal
 from tasks.references import BaseRef, DatasetRef
-from tasks.spec import TaskSpec
+from tasks.spec import AdaptSpec, TaskSpec
 
 BANK = TaskSchema(name="bank", labels=("lost card", "fee"), instruction="Which?")
 BASE = BaseRef(source="s", name="n", sha256="b")
@@ -85,15 +85,29 @@ def test_a_dataset_widens_its_own_task_alone() -> None:
 
 
 def test_a_run_under_other_labels_is_another_run() -> None:
-    def key(*new_labels: str) -> str:
-        dataset = DATASET.model_copy(update={"new_labels": new_labels})
-        spec: Any = SimpleNamespace(lineage="l", config_sha256=lambda adapter, strategy: "c")
-        chosen = {"adapter": AdapterConfig(), "strategy": "deal", "parent": None, "record": None}
-        return RunInputs(spec=spec, dataset=dataset, base=BASE, **chosen, attempt=0, requeued_sha256=None).run_key
+    spec = AdaptSpec(lineage="l", task=TaskSpec(name="bank", data="x.csv"))
 
-    assert len({key(), key("late"), key("late", "more")}) == 3
-    before = hashlib.sha256(json.dumps(["l", "b", "bank", "s", "base", "c", 0]).encode()).hexdigest()
+    def key(*new_labels: str, branch: int | None = None) -> str:
+        return AdaptationRun(
+            head=Head(lineage="l", branch=branch),
+            spec=spec,
+            dataset=DATASET.model_copy(update={"new_labels": new_labels}),
+            base=BASE,
+            adapter=AdapterConfig(),
+            strategy="deal",
+            parent=None,
+            record=None,
+            tasks=(),
+            renewal=Renewal(None, (), None),
+        ).run_key
+
+    assert len({key(), key("late"), key("late", "more"), key(branch=1), key(branch=2)}) == 5
+    parts = ["l", "b", "bank", "s", "base", spec.config_sha256(AdapterConfig(), "deal"), 0]
+    before, branched = (
+        hashlib.sha256(json.dumps(each).encode()).hexdigest() for each in (parts, [*parts, {"branch": 1}])
+    )
     assert key() == before, "a run that was at work before there were such goes on"
+    assert key(branch=1) == branched
 
 
 def test_a_mapping_names_the_cells_of_a_known_task_in_any_order(store: FileStore) -> None:
