@@ -29,15 +29,7 @@ from tasks.adaptation.promote import promote_version
 from tasks.adaptation.register import register_version
 from tasks.adaptation.report import Findings, report_version
 from tasks.adaptation.resume import changed_since, find_parent, read_findings
-from tasks.adaptation.run import (
-    AdaptationRun,
-    failing,
-    find_repeat,
-    load_base,
-    plan_run,
-    remove_work,
-    start_run,
-)
+from tasks.adaptation.run import AdaptationRun, failing, find_repeat, load_base, plan_run, remove_work, start_run
 from tasks.adaptation.train import CONSOLIDATION_STRATEGY, train_version
 from tasks.arrival_check import remark_on
 from tasks.context import current_store

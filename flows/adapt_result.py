@@ -87,38 +87,35 @@ class AdaptResult(BaseModel, frozen=True):
 
 def repeated(version: Version, dataset: DatasetRef) -> AdaptResult:
     """Return the result of a run whose rows an earlier version has learned."""
-    return _result(version, dataset, status="repeat", message=f"Nothing to do: {_why_repeated(version)}")
+    trained = f"version {version.version} was trained on this arrival"
+    remedy = "change the settings or give --force"
+    match version.kind, version.standing:
+        case "consolidation", "learned":
+            why = f"{_consolidation(version)}, and no arrival was learned since"
+        case "consolidation", standing:
+            why = f"{_consolidation(version)}, and has learned the same rows with the same settings: it is {standing}"
+        case _, "learned":
+            why = f"version {version.version} has learned from this arrival; --force trains anew"
+        case _, "awaiting approval":
+            why = f"{trained} and {_awaits_approval(version)}"
+        case _, "in rollout":
+            why = f"{trained} and {_in_rollout(version)}"
+        case _, "in a branch":
+            why = f"{trained} again, and waits for the end of its branch"
+        case _, "left behind":
+            again = f"deal version requeue {version.version} --lineage {version.lineage}"
+            why = f"{trained}, but the champion does not continue it; learn it again with {again}"
+        case _, "rejected by a person":
+            why = f"{trained} and was rejected; {remedy}"
+        case _, "rejected by its rollout":
+            why = f"{trained} and was rejected by its rollout; {remedy}"
+        case _:
+            why = f"{trained} with the same parent and settings and rejected; {remedy}"
+    return _result(version, dataset, status="repeat", message=f"Nothing to do: {why}.")
 
 
-def _why_repeated(version: Version) -> str:
-    number, standing = version.version, version.standing
-    if version.is_consolidation:
-        is_newest = "no arrival was learned since"
-        why = (
-            is_newest
-            if standing == "learned"
-            else f"has learned the same rows with the same settings: it is {standing}"
-        )
-        return f"version {number} of {version.lineage} is a consolidation, and {why}."
-    trained = f"version {number} was trained on this arrival"
-    match standing:
-        case "learned":
-            return f"version {number} has learned from this arrival; --force trains anew."
-        case "awaiting approval":
-            return f"{trained} and {_awaits_approval(version)}."
-        case "in rollout":
-            return f"{trained} and {_in_rollout(version)}."
-        case "in a branch":
-            return f"{trained} again, and waits for the end of its branch."
-        case "left behind":
-            again = f"deal version requeue {number} --lineage {version.lineage}"
-            return f"{trained}, but the champion does not continue it; learn it again with {again}."
-        case "rejected by a person":
-            return f"{trained} and was rejected; change the settings or give --force."
-        case "rejected by its rollout":
-            return f"{trained} and was rejected by its rollout; change the settings or give --force."
-        case "rejected by the gate":
-            return f"{trained} with the same parent and settings and rejected; change the settings or give --force."
+def _consolidation(version: Version) -> str:
+    return f"version {version.version} of {version.lineage} is a consolidation"
 
 
 def skipped(adaptation: AdaptationRun) -> AdaptResult:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from prefect import flow
 
 from flows.lock import LineageBusyError, lock_lineage
@@ -13,18 +11,12 @@ from tasks.mlflow_mirror import Synced, sync_lineage
 from tasks.progress import raise_if_stopped, reporter, to_the_end
 
 
-@flow(name="sync-mlflow")
-async def sync_mlflow(lineages: tuple[str, ...] = ()) -> list[Synced]:
+async def mirror_all(lineages: tuple[str, ...] = ()) -> list[Synced]:
     """Write into MLflow what it lacks of the store. A lineage that is being learned is left to its run.
 
     Args:
         lineages: Their names; empty: all lineages that have a version.
     """
-    return await mirror_all(lineages)
-
-
-async def mirror_all(lineages: Sequence[str] = ()) -> list[Synced]:
-    """Do what `sync_mlflow` does, without Prefect."""
     results = []
     for lineage in lineages or Versions(current_store()).lineages():
         raise_if_stopped()
@@ -34,6 +26,10 @@ async def mirror_all(lineages: Sequence[str] = ()) -> list[Synced]:
         else:
             results.append(synced)
     return results
+
+
+sync_mlflow = flow(name="sync-mlflow")(mirror_all)
+"""The same as a flow."""
 
 
 async def mirror(lineage: str) -> Synced | None:

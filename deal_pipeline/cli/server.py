@@ -277,7 +277,7 @@ def sync(
     from tasks.progress import reporting_to
 
     with reporting_to(deal.screen):
-        synced = asyncio.run(mirror_all(lineages or ()))
+        synced = asyncio.run(mirror_all(tuple(lineages or ())))
     shown = []
     for result in synced:
         name = result.lineage

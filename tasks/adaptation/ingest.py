@@ -131,13 +131,7 @@ def ingest_again(version: Version, spec: AdaptSpec, record: LineageRecord | None
     """Store the arrival of a version again, with the labels and the request for test rows of its time.
 
     If its file is gone, its dataset of that time is returned, whose rows the store retains. It adds no test rows, since
-    their texts may have been learned after another parent.
-
-    Args:
-        version: The version that has learned the arrival.
-        spec: The settings, and the arrival's files.
-        record: That of the parent, which the next version continues.
-        parent: The version with the record; None: there is no parent.
+    their texts may have been learned after another parent. `record` and `parent` are those of `ingest`.
 
     Raises:
         DataValidationError: A file was replaced, and the store retains no rows.
@@ -151,15 +145,8 @@ def ingest_again(version: Version, spec: AdaptSpec, record: LineageRecord | None
     dataset = read_findings(version.adapter_uri).dataset
     known = record.task(version.task) if record else None
     if not needs_retained_rows(store, version, knows_task=known is not None):
-        return ingest(
-            spec.task,
-            spec.data,
-            record,
-            spec.lineage,
-            parent=parent,
-            labels=tuple(labels),
-            renews_tests=dataset.renews_tests,
-        )
+        renews = dataset.renews_tests
+        return ingest(spec.task, spec.data, record, spec.lineage, False, parent, tuple(labels), renews)
     new = [label for label in labels if known is not None and label not in known.schema.labels]
     return dataset.model_copy(update={"new_labels": tuple(new), "num_added": 0})
 
@@ -175,17 +162,16 @@ def needs_retained_rows(
         DataValidationError: A file was replaced by another, and the store retains no rows.
         StoreError: A file is gone, and the store retains no rows.
     """
+    dataset = read_findings(version.adapter_uri).dataset
     try:
         if set(spec_to_relearn(version)[1]) & set(deleted):
             raise DataValidationError("one of its files is deleted with the arrival; land it without that file")
     except (DataValidationError, StoreError):
-        dataset = read_findings(version.adapter_uri).dataset
         has_tests = dataset.num_test > 0 or knows_task
-        if not (
-            has_tests and store.exists(f"{dataset.uri}/{TRAIN_FILE}") and retains_training_rows(store, dataset.uri)
-        ):
-            raise
-        return True
+        has_rows = store.exists(f"{dataset.uri}/{TRAIN_FILE}") and retains_training_rows(store, dataset.uri)
+        if has_tests and has_rows:
+            return True
+        raise
     return False
 
 
