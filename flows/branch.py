@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from prefect import flow
 from pydantic import BaseModel
@@ -70,16 +70,6 @@ class BranchResult(BaseModel, frozen=True):
     """These test rows, by task."""
 
 
-class RelearnableArrivals(NamedTuple):
-    """What can be learned again of a line of versions."""
-
-    arrivals: dict[str, str]
-    """As in `Branch`."""
-    lost: tuple[Lost, ...]
-    seconds: float
-    """How long the runs took before."""
-
-
 def find_relearnable(
     store: ObjectStore,
     line: Sequence[Version],
@@ -87,8 +77,8 @@ def find_relearnable(
     root: str | None = None,
     without: Collection[str] = (),
     files: Collection[str] = (),
-) -> RelearnableArrivals:
-    """Find what can be learned again of a line of versions, oldest first, and what cannot.
+) -> tuple[dict[str, str], tuple[Lost, ...], float]:
+    """Return what can be learned again of a line of versions, oldest first, what cannot, and how long it took before.
 
     An arrival whose file is gone is learned from the rows that the store retains, if it does.
 
@@ -118,7 +108,7 @@ def find_relearnable(
         run = journal.find(version.lineage, version.run_key)
         took = (run.ended - run.started).total_seconds() if run and run.ended else 0.0
         seconds += max(took, version.train_seconds)
-    return RelearnableArrivals(arrivals, tuple(lost), seconds)
+    return arrivals, tuple(lost), seconds
 
 
 def require_quiet(store: ObjectStore, lineage: str) -> Version:

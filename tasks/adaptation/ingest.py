@@ -59,17 +59,8 @@ def ingest(
     """Check an arrival and store its dataset. Bad rows go to quarantine.
 
     The record of the parent knows the task's labels and test rows. Each lineage has a dataset of its own, which it may
-    delete.
-
-    Args:
-        arrival: The task and its files.
-        config: How the rows are read and split.
-        record: The parent's; None: there is no parent.
-        lineage: The lineage that learns.
-        again: Whether forgotten rows are accepted.
-        parent: The version with the record; see `landing_of`.
-        labels: Labels that were added to the task by command; None: those of today.
-        renews_tests: Whether the arrival is asked for new test rows; None: whether it is today.
+    delete. With `again`, forgotten rows are accepted. For `parent` see `landing_of`. `labels` were added to the task by
+    command, and `renews_tests` says whether it is asked for new test rows; None: as it is today.
 
     Raises:
         DataValidationError: The whole file is refused. The quarantine has the bad rows.
