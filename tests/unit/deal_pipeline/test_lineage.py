@@ -122,7 +122,7 @@ def test_data_that_are_no_rows_are_refused(trained: list[AdaptSpec], data: Any, 
         ({"settings": {"train": {1, 2}}}, "setting"),
         ({"settings": {("train", "gate"): 1}}, "argument"),
         ({"settings": {"train": {"no_such_setting": 1}}}, "setting"),
-        ({"task": {"name": "t", "labels": pd.DataFrame({"a": [1]})}}, "setting"),
+        ({"task": {"name": "t", "labels": 3}}, "setting"),
         ({"base": 3}, "setting"),
     ],
 )
