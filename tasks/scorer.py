@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.language_model import LanguageModel
@@ -20,6 +20,7 @@ from deal_core.evaluation.general_ability import perplexity
 from deal_core.evaluation.label_scores import label_scores, recentred_accuracy
 from deal_core.evaluation.likelihood import divergence_from_base
 from deal_core.evaluation.metrics import collapsed
+from deal_core.evaluation.proof import Proof, make_proof
 from deal_core.evaluation.report import Scores
 from deal_core.evaluation.score import TaskEvaluation, confidences_of, count_too_long, evaluate_answers, evaluate_task
 from deal_core.general.suites import Suite
@@ -34,6 +35,11 @@ from tasks.context import current_store
 from tasks.lineage.frozen_rows import Answers, TestSet
 from tasks.progress import advance
 from tasks.references import BaseRef
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from deal_core.evaluation.answering import ServedTask
 
 
 @dataclass(frozen=True)
@@ -222,6 +228,18 @@ class Scorer:
             return None
         with adapter_on(lend_base(self._base).model, adapter_folder) as model:
             return divergence_from_base(model, self._tokenizer, test_set, test_set.rows)
+
+    def prove(self, adapter_folder: Path, tasks: Sequence[ServedTask]) -> Proof | None:
+        """Return what tells an engine that applies an adapter, see `deal_core.evaluation.proof`.
+
+        None: other processes answer, and the base model is not loaded into this one. Or no engine serves adapters on
+        it.
+        """
+        base = None if self._processes is not None else lend_base(self._base)
+        if base is None or base.kind == "seq2seq":
+            return None
+        with adapter_on(base.model, adapter_folder) as model:
+            return make_proof(cast("PeftModel", model), self._tokenizer, tasks)
 
     def count_too_long(self, test_set: TestSet, references: Sequence[str | Sequence[str]]) -> int:
         """Rows whose references no answer can match."""

@@ -21,6 +21,8 @@ PEFT_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 METHOD_FILES = (METHOD_FILE, METHOD_TENSORS_FILE)
 """Further files that training the adapter on needs; an adapter may lack them."""
 ADAPTER_FILES = (*PEFT_FILES, *METHOD_FILES)
+PROOF_FILE = "proof.json"
+"""The proof beside an adapter, see `deal_core.evaluation.proof`; versions of earlier releases lack it."""
 
 Recorded = Mapping[str, tuple[str, ...]]
 """The digests that a file may have, by the file's name.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from deal_core.base_model.language_model import LanguageModel
+from deal_core.base_model.language_model import LanguageModel, device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,14 +26,19 @@ MOST_APART = 0.1
 bf16, and 0.52 after one arrival of the demo has been learned."""
 
 
-@torch.inference_mode()
 def text_log_probs(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[float]]:
     """Return the token ids of the text, and log p of each token after those before it, without the first one's."""
     ids = list(tokenizer(TEXT)["input_ids"])
-    device = next(model.parameters()).device
-    log_probs_KV = model(input_ids=torch.tensor([ids], device=device)).logits[0, :-1].float().log_softmax(-1)
+    return ids, token_log_probs(model, ids)
+
+
+@torch.inference_mode()
+def token_log_probs(model: LanguageModel, ids: Sequence[int]) -> list[float]:
+    """Return log p of each token after those before it, in nats, without the first one's."""
+    device = device_of(model)
+    log_probs_KV = model(input_ids=torch.tensor([[*ids]], device=device)).logits[0, :-1].float().log_softmax(-1)
     chosen = torch.tensor(ids[1:], device=device)[:, None]
-    return ids, log_probs_KV.gather(-1, chosen)[:, 0].tolist()
+    return log_probs_KV.gather(-1, chosen)[:, 0].tolist()  # type: ignore[no-any-return]
 
 
 def apart(ours: Sequence[float], theirs: Sequence[float]) -> float:

@@ -1,10 +1,17 @@
-"""Answer rows with one version on one base model, with one queue for all callers; the version can be swapped."""
+"""Answer rows with one version on one base model, with one queue for all callers; the version can be swapped.
+
+One thread computes. A few others prepare prompts meanwhile.
+
+    request → prompts of its next rows → queue → a batch of several requests → answers → prompts of its next rows → …
+"""
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -31,6 +38,8 @@ MAX_ROWS = 64
 """Most rows of a batch on an accelerator."""
 MAX_ROWS_CPU = 6
 """Most rows of a batch on a CPU. Larger batches save little time there, and all rows wait for the longest answer."""
+NUM_PREPARING = 8
+"""Threads that prepare prompts. One long text takes seconds, and the prompts of others must not wait for it."""
 
 
 class GivenUpError(DealError):
@@ -81,8 +90,8 @@ class Sampling:
     """Answers to each row."""
     num_tops: int | None = None
     """For how many of the likeliest tokens log-probabilities are given; None: for none, not even the answer's own."""
-    on_piece: Callable[[Choice, ServedVersion, str], None] | None = None
-    """Gets each piece of an answer as it comes, and the version with its number."""
+    on_piece: Callable[[Choice, ServedVersion, str], Awaitable[None]] | None = None
+    """Takes each piece of an answer as it comes, and the version with its number. The next piece waits until then."""
 
 
 def load_answerer(
@@ -124,15 +133,14 @@ def load_base_of(
 
 
 class Answerer:
-    """Answers rows with one version at a time. Threads share its one model: rows that wait are answered as one batch.
+    """Answers rows with one version at a time. Rows that wait are answered together as one batch.
 
-    A thread that asks prepares the prompts of its own rows, next to all other threads. Then it computes the next batch
-    if no other thread computes; it goes on until its own rows are answered.
-    A swap comes before every batch. A swap interrupts the batch that is computed; its rows are answered by the new
-    version.
+    One thread alone computes with the model and changes its adapters. A change comes before every batch and interrupts
+    the batch that is computed; its rows are answered by the new version. A batch whose callers have all gone ends too.
 
-    A second version, the candidate, may answer next to it, with an adapter of its own on the same base model. A batch
-    has rows for one of the two. Rows in the background wait for all others, which also interrupt their batch.
+    A second version, the candidate, may answer next to the first one, with an adapter of its own on the same base
+    model. A batch has rows for one of the two. Rows in the background wait for all others, which also interrupt their
+    batch.
     """
 
     retry_seconds = 60.0
@@ -143,18 +151,22 @@ class Answerer:
         """The version that answers now."""
         self.held_base = base.sha256, base.quantize
         """The base model that is loaded, as `ServedVersion.held_base`."""
-        self._changed = threading.Condition()
-        self._holder: int | None = None
-        """The thread that computes with the model or swaps the version."""
-        self._num_swaps = 0
-        """Swaps that wait or run."""
+        self._candidate: _Version | None = None
+        self._lock = threading.Lock()
+        """Held to change `_changes` and `_waiting`."""
+        self._changes: list[Callable[[], None]] = []
+        """Changes of versions that wait for the thread of the model."""
+        self._waiting: list[_Request] = []
+        """Requests with prompts that are not answered. The thread of the model alone changes these requests; all others
+        belong to the thread that prepares their prompts."""
+        self._batch: list[_Part] = []
+        """What is computed now."""
         self._is_ending = False
         self._is_stopped = False
-        self._waiting: list[_Request] = []
-        """Requests whose first prompts are prepared."""
-        self._candidate: _Version | None = None
-        self._is_background = False
-        """Whether the batch that is computed is one in the background."""
+        self._preparing = ThreadPoolExecutor(NUM_PREPARING, thread_name_prefix="prompts")
+        self._computing = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._thread: int | None = None
+        """The thread that computes."""
         self._name: str
         """Name of the first version's adapter on the model."""
         self._put_on(base, load_adapter(base.model, folder))
@@ -170,55 +182,38 @@ class Answerer:
         return self._first.number
 
     def answer(self, rows: Sequence[InputRow]) -> list[str]:
-        """One answer per row, in the rows' order; errors are those of `ask`."""
+        """One answer per row, in the rows' order; errors are those of `submit`."""
         return self.ask(rows).answers
 
-    def ask(
+    def ask(self, rows: Sequence[InputRow]) -> Answered:
+        """Answer rows, all with the same version; errors are those of `submit`."""
+        return self.submit(rows).result()
+
+    async def reply(
         self,
         rows: Sequence[InputRow],
-        is_given_up: Callable[[], bool] = lambda: False,
         *,
         by_candidate: bool = False,
         in_background: bool = False,
         sampling: Sampling | None = None,
     ) -> Answered:
-        """Answer rows, all with the same version: with `by_candidate` the candidate. `sampling` has no effect.
-
-        Once `is_given_up` returns True, the caller has gone, and the remaining rows are not answered. Rows
-        `in_background` wait for all others.
-
-        Raises:
-            ConfigError: a row does not fit the version; then no row is answered.
-            GivenUpError: the caller has gone, `drain` or `stop` was called, or there is no candidate.
-        """
+        """As `submit`, for an event loop: a cancelled task is a caller that has gone. `sampling` has no effect."""
         del sampling  # an answer is the most likely one
-        request = _Request(list(rows), is_given_up, by_candidate, in_background)
-        try:
-            while not request.is_done:
-                self._prepare(request)
-                if self._hold_for(request):
-                    try:
-                        self._answer_next()
-                    finally:
-                        self._give_back()
-        finally:
-            with self._changed:
-                self._waiting = [other for other in self._waiting if other is not request]
-        if request.error is not None:
-            raise request.error
-        assert request.version is not None
-        answers, version = request.answers, request.version
-        return Answered(
-            [answer.text for answer in answers],
-            version.served,
-            version.number,
-            [answer.confidence for answer in answers],
-            is_cut=[answer.is_cut for answer in answers],
-            usage={
-                "prompt_tokens": request.num_prompt_tokens,
-                "completion_tokens": sum(answer.num_tokens for answer in answers),
-            },
-        )
+        return await asyncio.wrap_future(self.submit(rows, by_candidate=by_candidate, in_background=in_background))
+
+    def submit(
+        self, rows: Sequence[InputRow], *, by_candidate: bool = False, in_background: bool = False
+    ) -> Future[Answered]:
+        """Begin to answer rows, all with the same version: with `by_candidate` the candidate.
+
+        A caller that has gone cancels the result; the remaining rows are not answered then. Rows `in_background` wait
+        for all others. The result raises:
+            ConfigError: a row does not fit the version; then no row is answered.
+            GivenUpError: `drain` or `stop` was called, or there is no candidate.
+        """
+        request = _Request(list(rows), by_candidate, in_background)
+        self._preparing.submit(self._prepare, request)
+        return request.result
 
     def swap(self, folder: Path, version: str, base: BaseModel | None = None) -> None:
         """Let another version answer from now on. Its files are read first; only then does answering pause.
@@ -232,18 +227,19 @@ class Answerer:
         held_base = self.held_base if base is None else (base.sha256, base.quantize)
         served, saved = _read(folder, held_base)
         model = None if base is None else load_adapter(base.model, folder)
-        with self._alone():
+
+        def change() -> None:
             if base is None or model is None:
                 activate(self._model, self._name)
                 swap_adapter(self._model, saved)
                 self._name = self._model.active_adapter
+                tokenizer = self._first.tokenizer
             else:
                 self._put_on(base, model)
-                self._candidate = None
-            tokenizer = self._first.tokenizer if base is None else base.tokenizer
+                self._candidate, tokenizer = None, base.tokenizer
             self._first, self.held_base = _Version(served, version, tokenizer), held_base
-            for request in self._waiting:
-                request.begin_again()
+
+        self._change(change)
 
     def add_candidate(self, folder: Path, version: str) -> None:
         """Let a second version answer too, in place of an earlier candidate. Its files are read first.
@@ -253,35 +249,33 @@ class Answerer:
             ConfigError: the version needs another base model.
         """
         served, saved = _read(folder, self.held_base)
-        with self._without_candidate():
+
+        def change() -> None:
+            self._candidate = None  # also if the adapter does not fit
+            activate(self._model, self._name)
             adapters.add_candidate(self._model, saved)
             self._candidate = _Version(served, version, self._first.tokenizer)
 
+        self._change(change)
+
     def drop_candidate(self) -> None:
         """Remove the candidate, if there is one. Rows that wait for it are given up."""
-        with self._without_candidate():
-            adapters.drop_candidate(self._model)
 
-    @contextmanager
-    def _without_candidate(self) -> Iterator[None]:
-        """Hold the model, with the first version on it. Rows that the candidate has begun begin again."""
-        with self._alone():
+        def change() -> None:
             self._candidate = None
             activate(self._model, self._name)
-            for request in self._waiting:
-                if request.by_candidate:
-                    request.begin_again()
-            yield
+            adapters.drop_candidate(self._model)
+
+        self._change(change)
 
     def drain(self) -> None:
         """Give up the requests whose first prompts are still being prepared; answer those that wait for the model."""
         self._is_ending = True
 
     def stop(self) -> None:
-        """Answer no more rows. Waiting callers get an error within one step of the model."""
-        with self._changed:
-            self._is_stopped = True
-            self._changed.notify_all()
+        """Answer no more rows. Waiting callers get an error within one layer of the model."""
+        self._is_stopped = True
+        self._computing.submit(self._compute)
 
     def _put_on(self, base: BaseModel, model: PeftModel) -> None:
         base.tokenizer("")  # the first call sets the tokenizer up, which threads must not do at the same time
@@ -289,119 +283,114 @@ class Answerer:
         for blocks in base.model.modules():
             if isinstance(blocks, torch.nn.ModuleList):  # every transformers model holds its layers in one
                 for block in blocks:
-                    block.register_forward_pre_hook(self._interrupt_for_swap)
+                    block.register_forward_pre_hook(self._interrupt)
         self._max_rows = MAX_ROWS_CPU if next(model.parameters()).device.type == "cpu" else MAX_ROWS
 
-    def _interrupt_for_swap(self, *_: Any) -> None:
-        """Runs before every layer of the model, so that a batch ends soon."""
-        if self._holder != threading.get_ident():
+    def _interrupt(self, *_: Any) -> None:
+        """Runs before every layer of the model, so that a batch ends soon that is not wanted any more."""
+        if self._thread != threading.get_ident() or not self._batch:  # the model has another user
             return
-        is_overtaken = self._is_background and any(
-            request.prompts and not request.in_background for request in self._waiting
-        )
-        if self._num_swaps or self._is_stopped or is_overtaken:
+        have_gone = all(request.result.cancelled() for request, _ in self._batch)
+        is_background = self._batch[0][0].in_background
+        is_overtaken = is_background and any(not request.in_background for request in tuple(self._waiting))
+        if self._changes or self._is_stopped or have_gone or is_overtaken:
             raise _InterruptedError
 
-    def _prepare(self, request: _Request) -> None:
-        """Prepare the next prompts of a request, in its own thread; the model is free for other requests meanwhile.
+    def _change(self, change: Callable[[], None]) -> None:
+        """Let the thread of the model change a version, ahead of all waiting rows; return when it has."""
+        done: Future[None] = Future()
 
-        Raises:
-            ConfigError: a row does not fit the version.
-            GivenUpError: see `ask`. Between two rows it is looked whether nobody waits for them any more.
-        """
-        while not request.is_done and request.lacks_prompts(self._max_rows):
-            with self._changed:
-                version = self._candidate if request.by_candidate else self._first
-                begun, asked, num_ready = request.version, request.asked, len(request.answers) + len(request.prompts)
+        def run() -> None:
+            try:
+                done.set_result(change())
+            except Exception as error:
+                done.set_exception(error)
+
+        with self._lock:
+            self._changes.append(run)
+        self._computing.submit(self._compute)
+        done.result()
+
+    def _version_for(self, request: _Request) -> _Version | None:
+        return self._candidate if request.by_candidate else self._first
+
+    def _prepare(self, request: _Request) -> None:
+        """Prepare prompts for the next two batches of a request, and let it wait for the model."""
+        try:
+            version = self._version_for(request)
             if version is None:
                 raise given_up()
-            if not asked:  # all rows are checked before any is answered
-                asked = []
+            if request.version is not version:  # another version answers now, and asks in its own way
+                request.begin_again()
+            if not request.asked:  # all rows are checked before any is answered
                 for number, row in enumerate(request.rows, 1):
-                    self._heed_the_end(request)
-                    asked.append(version.served.asked(row, number))
-            prompts = []
-            for task, text in asked[num_ready : num_ready + self._max_rows]:
-                prompts.append(encode_prompt(version.tokenizer, task.schema, text, task.max_prompt_tokens))
-                self._heed_the_end(request)
-            with self._changed:
-                is_current = version is (self._candidate if request.by_candidate else self._first)
-                if not is_current or request.version is not begun:
-                    continue  # another version answers now, and asks in its own way
-                request.version, request.asked = version, asked
-                request.prompts += prompts
-                request.num_prompt_tokens += sum(map(len, prompts))
-                request.is_done = not asked
-                if not any(other is request for other in self._waiting):
-                    self._waiting.append(request)
+                    self._require_wanted(request)
+                    request.asked.append(version.served.asked(row, number))
+            num_ready = len(request.answers) + len(request.prompts)
+            for task, text in request.asked[num_ready : len(request.answers) + 2 * self._max_rows]:
+                prompt = encode_prompt(version.tokenizer, task.schema, text, task.max_prompt_tokens)
+                request.prompts.append(prompt)
+                request.num_prompt_tokens += len(prompt)
+                self._require_wanted(request)
+        except Exception as error:
+            request.end(error)
+            return
+        request.version = version
+        if not request.asked:
+            request.finish()
+            return
+        with self._lock:
+            self._waiting.append(request)
+        self._computing.submit(self._compute)
 
-    def _heed_the_end(self, request: _Request) -> None:
-        """Give a request up if nobody waits for it any more."""
-        if self._is_stopped or (self._is_ending and request.version is None) or request.is_given_up():
+    def _require_wanted(self, request: _Request) -> None:
+        """Raise GivenUpError if nobody waits for a request any more. It is asked between two rows."""
+        if self._is_stopped or (self._is_ending and request.version is None) or request.result.cancelled():
             raise given_up()
 
-    def _hold_for(self, request: _Request) -> bool:
-        """Wait until the request is done, lacks prompts, or the model is free, which this thread then holds (True)."""
+    def _compute(self) -> None:
+        """Change versions and answer batches until nothing waits. It runs in the thread of the model."""
+        self._thread = threading.get_ident()
+        while True:
+            with self._lock:
+                changes, self._changes = self._changes, []
+            for change in changes:
+                change()
+            self._batch = self._next_batch()
+            if not self._batch:
+                return
+            by_candidate, _ = self._batch[0][0].kind
+            name = CANDIDATE_NAME if by_candidate else self._name
+            if self._model.active_adapter != name:
+                activate(self._model, name)
+            with suppress(_InterruptedError):  # the batch is answered later, by the version that answers then
+                self._answer_together(self._batch)
+            self._batch = []
 
-        def goes_on_without_model() -> bool:
-            return request.is_done or request.lacks_prompts(self._max_rows)
-
-        with self._changed:
-            self._changed.wait_for(lambda: goes_on_without_model() or (self._holder is None and not self._num_swaps))
-            if goes_on_without_model():
-                return False
-            self._holder = threading.get_ident()
-            return True
-
-    def _give_back(self) -> None:
-        with self._changed:
-            self._waiting = [request for request in self._waiting if not request.is_done]
-            self._holder = None
-            self._changed.notify_all()
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Hold the model, ahead of all waiting rows, while no other thread computes."""
-        with self._changed:
-            self._num_swaps += 1
-            self._changed.wait_for(lambda: self._holder is None)
-            self._holder = threading.get_ident()
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._num_swaps -= 1
-            self._give_back()
-
-    def _answer_next(self) -> None:
-        """Answer a batch of waiting rows. Older requests come first, and requests take turns between batches."""
-        with self._changed:
-            waiting = sorted(self._waiting, key=lambda request: request.in_background)
+    def _next_batch(self) -> list[_Part]:
+        """Choose rows of waiting requests. Older requests come first, and requests take turns between batches."""
         batch: list[_Part] = []
         num_left = self._max_rows
-        for request in waiting:
-            if self._is_stopped or request.is_given_up() or (request.by_candidate and self._candidate is None):
+        for request in sorted(self._waiting, key=lambda request: request.in_background):
+            version = self._version_for(request)
+            if self._is_stopped or version is None or request.result.cancelled():
+                self._leave(request)
                 request.end(given_up())
-            elif num_left > 0 and request.prompts and (not batch or request.kind == batch[0][0].kind):
+            elif request.version is not version:
+                self._leave(request)
+                self._preparing.submit(self._prepare, request)
+            elif num_left > 0 and (not batch or request.kind == batch[0][0].kind):
                 batch.append((request, request.next_rows(num_left)))
                 num_left -= len(batch[-1][1])
-        if not batch:
-            return
-        by_candidate, self._is_background = batch[0][0].kind
-        name = CANDIDATE_NAME if by_candidate else self._name
-        if self._model.active_adapter != name:
-            activate(self._model, name)
-        try:
-            self._answer_together(batch)
-        except _InterruptedError:
-            return
-        with self._changed:  # requests that were served now go to the end of the queue
-            answered = {id(request) for request, _ in batch}
-            self._waiting.sort(key=lambda request: id(request) in answered)
+        return batch
+
+    def _leave(self, request: _Request) -> None:
+        with self._lock:
+            self._waiting = [other for other in self._waiting if other is not request]
 
     def _answer_together(self, batch: Sequence[_Part]) -> None:
         try:
-            self._generate(batch)
+            answers = self._generate([row for _, part in batch for row in part])
         except _InterruptedError:
             raise
         except Exception as error:
@@ -409,11 +398,24 @@ class Answerer:
                 for part in batch:
                     self._answer_together([part])
             else:
-                batch[0][0].end(error)
+                ((request, _),) = batch
+                self._leave(request)
+                request.end(error)
+            return
+        in_order = iter(answers)
+        for request, part in batch:
+            request.take(list(islice(in_order, len(part))))
+            self._leave(request)
+            if len(request.answers) == len(request.asked):
+                request.finish()
+            elif len(request.prompts) < min(self._max_rows, len(request.asked) - len(request.answers)):
+                self._preparing.submit(self._prepare, request)
+            else:  # requests that were served now go to the end of the queue
+                with self._lock:
+                    self._waiting.append(request)
 
-    def _generate(self, batch: Sequence[_Part]) -> None:
-        """Answer the rows, each task's together, and give each request its own."""
-        rows = [row for _, part in batch for row in part]
+    def _generate(self, rows: Sequence[tuple[ServedTask, list[int]]]) -> list[GivenAnswer]:
+        """Answer the rows, each task's together."""
         answers: dict[int, GivenAnswer] = {}
         for task in dict.fromkeys(task for task, _ in rows):
             places = [place for place, (own_task, _) in enumerate(rows) if own_task == task]
@@ -421,10 +423,7 @@ class Answerer:
             # the tokenizer is the candidate's too: both are on one base model
             of_task = generation.answer_prompts(self._model, self._first.tokenizer, task, prompts)
             answers.update(zip(places, of_task, strict=True))
-        in_order = iter([answers[place] for place in range(len(rows))])
-        with self._changed:
-            for request, part in batch:
-                request.take(list(islice(in_order, len(part))))
+        return [answers[place] for place in range(len(rows))]
 
 
 def _read(folder: Path, held_base: tuple[str, Quantize]) -> tuple[ServedVersion, SavedAdapter]:
@@ -445,7 +444,7 @@ def given_up() -> GivenUpError:
 
 
 class _InterruptedError(Exception):
-    """A batch was interrupted by a waiting swap or by `stop`."""
+    """A batch was interrupted by a waiting change, by `stop`, or because all its callers have gone."""
 
 
 class _Version(NamedTuple):
@@ -456,36 +455,30 @@ class _Version(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
 
 
-@dataclass
+@dataclass(eq=False)
 class _Request:
-    """The rows of one caller, with their answers or their error."""
+    """The rows of one caller, with their answers."""
 
     rows: Sequence[InputRow]
-    is_given_up: Callable[[], bool]
-    by_candidate: bool = False
-    in_background: bool = False
+    by_candidate: bool
+    in_background: bool
+    result: Future[Answered] = field(default_factory=Future)
+    """It stays pending until the end, so that a caller that has gone can cancel it at any time."""
     version: _Version | None = None
     """The version that answers; None: no prompt is prepared yet."""
     asked: list[tuple[ServedTask, str]] = field(default_factory=list)
     """The rows in the form that the version is asked; empty before the first prompt."""
     prompts: list[list[int]] = field(default_factory=list)
-    """Token ids of the prompts of the rows after the answered ones, for two or three batches at most."""
+    """Token ids of the prompts of the rows after the answered ones, for two batches at most."""
     num_prompt_tokens: int = 0
     """Tokens of the prompts that were prepared."""
     answers: list[GivenAnswer] = field(default_factory=list)
     """Answers to the first rows."""
-    error: Exception | None = None
-    is_done: bool = False
 
     @property
     def kind(self) -> tuple[bool, bool]:
         """By the candidate, in the background: requests of one kind can be in one batch."""
         return self.by_candidate, self.in_background
-
-    def lacks_prompts(self, max_rows: int) -> bool:
-        """Return whether prompts have to be prepared, for the batch after the next one at the latest."""
-        num_left = len(self.rows) - len(self.answers)
-        return self.version is None or len(self.prompts) < min(2 * max_rows, num_left)
 
     def next_rows(self, number: int) -> list[tuple[ServedTask, list[int]]]:
         """Return the tasks and prompts of the next rows that are prepared."""
@@ -496,16 +489,32 @@ class _Request:
         """Take the answers to the next rows."""
         self.answers += answers
         del self.prompts[: len(answers)]
-        self.is_done = len(self.answers) == len(self.asked)
-
-    def end(self, error: Exception) -> None:
-        self.error, self.is_done = error, True
 
     def begin_again(self) -> None:
         """Drop the answers so far: another version answers now."""
-        if not self.is_done:
-            self.version, self.asked, self.prompts, self.answers = None, [], [], []
-            self.num_prompt_tokens = 0
+        self.version, self.asked, self.prompts, self.answers = None, [], [], []
+        self.num_prompt_tokens = 0
+
+    def end(self, error: Exception) -> None:
+        if self.result.set_running_or_notify_cancel():
+            self.result.set_exception(error)
+
+    def finish(self) -> None:
+        """Give the caller the answers."""
+        assert self.version is not None
+        answered = Answered(
+            [answer.text for answer in self.answers],
+            self.version.served,
+            self.version.number,
+            [answer.confidence for answer in self.answers],
+            is_cut=[answer.is_cut for answer in self.answers],
+            usage={
+                "prompt_tokens": self.num_prompt_tokens,
+                "completion_tokens": sum(answer.num_tokens for answer in self.answers),
+            },
+        )
+        if self.result.set_running_or_notify_cancel():
+            self.result.set_result(answered)
 
 
 _Part = tuple[_Request, Sequence[tuple[ServedTask, list[int]]]]

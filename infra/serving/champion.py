@@ -4,8 +4,8 @@ A thread watches the promotion log in the store. When the champion moves, the th
 the adapter. If this fails, or the store does not answer, the loaded version continues to serve.
 
 An `Answerer` computes the answers in this process, or `Engines` lets vLLM servers compute them. This module and
-`infra.serving.rollout` call their methods `ask`, `swap`, `add_candidate`, `drop_candidate`, `drain` and `stop`. The web
-application knows only `Champion`.
+`infra.serving.rollout` call their methods `reply`, `swap`, `add_candidate`, `drop_candidate`, `drain` and `stop`. The
+web application knows only `Champion`, and asks it in its event loop.
 """
 
 from __future__ import annotations
@@ -124,16 +124,15 @@ class Champion:
         """Number of the version that answers a share of the requests; None: none does."""
         return None if self.rollout is None else self.rollout.canary
 
-    def ask(
+    async def ask(
         self,
         rows: Sequence[InputRow],
-        is_given_up: Callable[[], bool],
         key: str | None = None,
         version: str | None = None,
         sampling: Sampling | None = None,
         ids: Sequence[str] = (),
     ) -> Answered:
-        """Answer rows, all with one version, and log the answers; errors are those of `Answerer.ask`.
+        """Answer rows, all with one version, and log the answers; errors are those of `Answerer.submit`.
 
         `sampling` is for engines, and `ids` are the rows' ids in the log, if the client has got them already.
 
@@ -146,12 +145,12 @@ class Champion:
             raise GivenUpError(f"No version of '{self.lineage}' serves until its versions are made again; ask again.")
         begun, served = time.perf_counter(), self.served
         named = with_tasks(rows, served)
-        tried = self.rollout.ask(named, served, is_given_up, key, version, sampling, ids)
+        tried = await self.rollout.ask(named, served, key, version, sampling, ids)
         if isinstance(tried, Answered):
             return tried._replace(served=served)
         log_refusal = tried
         try:
-            answered = self._answerer.ask(rows, is_given_up, sampling=sampling)
+            answered = await self._answerer.reply(rows, sampling=sampling)
         except (ConfigError, GivenUpError):  # what both versions refuse counts for neither
             raise
         except Exception:

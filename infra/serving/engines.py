@@ -1,21 +1,26 @@
 """The versions of a lineage on vLLM servers: it answers rows as `Answerer` does, which holds the model itself.
 
 Each version is loaded on every engine under a name that never stands for another adapter, since engines cache by name.
-A thread per engine looks after it: an engine that is away gets no requests, and when it is back it gets its adapters
-again. Before an engine answers, its base model has to be the lineage's.
+A task per engine looks after it: an engine that is away gets no requests, and when it is back it gets its adapters
+again. Before an engine answers, its base model has to be the lineage's, and it has to apply the adapter.
+
+All of it runs in one event loop, which alone changes the state here. The methods that load a version are called in
+other threads, since they read files and may load a base model.
 """
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import logging
 import math
+import os
 import re
 import shutil
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +36,7 @@ from deal_core.errors import ConfigError
 from deal_core.evaluation.answerer import Answered, Choice, GivenUpError, Sampling, given_up, load_base_of
 from deal_core.evaluation.answering import InputRow, ServedTask, ServedVersion, read_served
 from deal_core.evaluation.generation import answer_limit, confidence_of, first_tokens
+from deal_core.evaluation.proof import Proof, read_proof
 from infra.fingerprints import Fingerprint, keep_fingerprint
 from infra.serving.version_files import write_peft_folder
 from infra.serving.vllm import EngineAwayError, EngineClient, EngineError, Piece
@@ -52,6 +58,8 @@ MAX_TOPS = 20
 """Most log-probabilities that a vLLM server gives for a token, unless it was started with another --max-logprobs."""
 DIGEST_CHARS = 12
 """Characters of the digest at the end of the name of a copy."""
+LONG_CHARS = 8_192
+"""Texts of more characters are made prompts in a thread, so that the event loop goes on."""
 PASSED_ON = ("temperature", "top_p", "seed", "stop")
 """Settings of a request that the engine gets as they are."""
 LOG = logging.getLogger("deal.serving")
@@ -77,6 +85,8 @@ class OnEngine:
     """The same folder, as the engines see it."""
     tokenizer: PreTrainedTokenizerBase
     fingerprint: Fingerprint
+    proof: Proof | None = None
+    """What tells an engine that applies the adapter; None: the version was stored without it."""
 
     @cached_property
     def answers(self) -> dict[str, _AnswerForm]:
@@ -101,7 +111,8 @@ class _AnswerForm(NamedTuple):
 class Engines:
     """Answers rows with the versions of one lineage, on one or several engines.
 
-    It has the methods of `Answerer` that `Champion` and `Rollout` call. `note` gets each message for the user.
+    It has the methods of `Answerer` that `Champion` and `Rollout` call. `note` gets each message for the user. `async
+    with` looks after the engines while the block runs.
     """
 
     retry_seconds = 5.0
@@ -120,23 +131,31 @@ class Engines:
         self._folder = adapter_folder(settings)
         self._first: OnEngine | None = None
         self._candidate: OnEngine | None = None
-        self._changing = threading.Lock()
-        self._coming: str | None = None
-        """The adapter that is being loaded to answer."""
-        self._retired: dict[str, float] = {}
-        """Adapters of no use any more → since when (monotonic seconds)."""
+        self._coming: OnEngine | None = None
+        """The version that is being loaded."""
         self._num_in_flight: Counter[str] = Counter()
         """Adapter → requests of this process that it answers."""
-        self._is_stopped = threading.Event()
+        self._is_stopped = False
         self.is_away = False
         """Whether the last version did not load because no engine answered."""
-        self._engines = [_Engine(EngineClient(url, settings)) for url in urls]
-        self._threads = [
-            threading.Thread(target=self._look_after, args=(engine,), name=f"engine {engine.shown}", daemon=True)
-            for engine in self._engines
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._noted: set[str] = set()
+        """What was said of proofs."""
+        self._engines = [_Engine(EngineClient(url, settings), self._note_once) for url in urls]
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Engines:
+        self._loop = asyncio.get_running_loop()
+        self._tasks = [asyncio.create_task(self._look_after(engine)) for engine in self._engines]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.stop()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for engine in self._engines:
+            await engine.client.close()
 
     @property
     def served(self) -> ServedVersion:
@@ -159,37 +178,31 @@ class Engines:
 
         Raises:
             AdapterStateError: The folder cannot be served.
-            ConfigError: The base model is not found here, or an engine has another one.
+            ConfigError: The base model is not found here, or an engine has another one, or does not apply the adapter.
             EngineError: An engine refuses the adapter; the version before stays.
             NoEngineError: No engine answers.
         """
-        with self._loaded(folder, number) as version, self._changing:
-            before, self._first = self._first, version
-        self._retire(before)
+        self._in_loop(self._load(folder, self._read(folder, number)))
 
     def add_candidate(self, folder: Path, number: str) -> None:
         """Let a second version answer too, in place of an earlier candidate; errors are those of `swap`."""
         self.drop_candidate()
-        with self._loaded(folder, number) as version, self._changing:
-            self._candidate = version
+        self._in_loop(self._load(folder, self._read(folder, number), is_candidate=True))
 
     def drop_candidate(self) -> None:
         """Remove the candidate, if there is one."""
-        with self._changing:
-            before, self._candidate = self._candidate, None
-        self._retire(before)
+        self._candidate = None
 
     def drain(self) -> None:
         """Begin to end. Requests that have begun are answered."""
 
     def stop(self) -> None:
         """Answer no more rows. Adapters stay loaded: other fronts may use them, and the next start does."""
-        self._is_stopped.set()
+        self._is_stopped = True
 
-    def ask(
+    async def reply(
         self,
         rows: Sequence[InputRow],
-        is_given_up: Callable[[], bool] = lambda: False,
         *,
         by_candidate: bool = False,
         in_background: bool = False,
@@ -197,32 +210,32 @@ class Engines:
     ) -> Answered:
         """Answer rows, all with the same version: with `by_candidate` the candidate.
 
-        If the engine goes away before the first piece of an answer, another one is asked.
+        If the engine goes away before the first piece of an answer, another one is asked. If the task is cancelled, the
+        engine gives the request up.
 
         Raises:
             ConfigError: A row does not fit the version, or the engine refuses a setting of `sampling`.
             EngineError: The engine failed.
-            GivenUpError: The caller has gone, no engine answers, or there is no candidate.
+            GivenUpError: No engine answers, there is no candidate, or the server is stopping.
         """
         del in_background  # the engine decides in which order it answers
         with self._in_flight(by_candidate) as version:
             asked = [version.served.asked(row, number) for number, row in enumerate(rows, 1)]
-            answer = Completion(version, asked, sampling or Sampling(), is_given_up, self._is_stopped.is_set)
+            answer = Completion(version, asked, sampling or Sampling())
             for places in answer.batches():
-                while not self._try(answer, places):
+                while not await self._try(answer, places):
                     answer.begin_again(places)
             return answer.finished()
 
-    def _try(self, answer: Completion, places: Sequence[int]) -> bool:
+    async def _try(self, answer: Completion, places: Sequence[int]) -> bool:
         """Let an engine answer some rows. False: it does not answer, and another one has to be asked."""
-        with self._changing:
-            free = [engine for engine in self._engines if engine.has(answer.version) and engine not in answer.left_out]
-            if not free:
-                raise NoEngineError(f"No engine answers now; ask again in a moment. {self._reasons(answer)}".strip())
-            engine = min(free, key=lambda engine: engine.num_in_flight)
-            engine.num_in_flight += 1
+        free = [engine for engine in self._engines if engine.has(answer.version) and engine not in answer.left_out]
+        if not free:
+            raise NoEngineError(f"No engine answers now; ask again in a moment. {self._reasons(answer)}".strip())
+        engine = min(free, key=lambda engine: engine.num_in_flight)
+        engine.num_in_flight += 1
         try:
-            answer.take(engine.client, places)
+            await answer.take(engine.client, places)
         except EngineAwayError as error:
             if error.status == 0:  # not busy, but gone
                 engine.problem = str(error)
@@ -233,22 +246,21 @@ class Engines:
         except EngineError as error:
             if error.status == 404 and engine not in answer.renewed:  # it was started again, without its adapters
                 answer.renewed.add(engine)
-                self._load_again(engine, answer.version)
+                await self._load_again(engine, answer.version)
                 return False
             if error.status in (400, 422):
                 raise ConfigError(str(error)) from None
             raise
         finally:
-            with self._changing:
-                engine.num_in_flight -= 1
+            engine.num_in_flight -= 1
         return True
 
-    def _load_again(self, engine: _Engine, version: OnEngine) -> None:
+    async def _load_again(self, engine: _Engine, version: OnEngine) -> None:
         """Load a version on an engine that was started again. If this fails, the engine gets no requests."""
         try:
-            with engine.lock:
-                engine.look()
-                engine.load(version)
+            async with engine.lock:
+                await engine.look()
+                await engine.load(version)
         except (EngineError, ConfigError) as error:
             engine.problem = str(error)
 
@@ -261,29 +273,32 @@ class Engines:
     @contextmanager
     def _in_flight(self, by_candidate: bool) -> Iterator[OnEngine]:
         """Return the version that answers a request, whose adapter stays loaded meanwhile."""
-        with self._changing:
-            version = self._candidate if by_candidate else self._first
-            if version is None or self._is_stopped.is_set():
-                raise GivenUpError("The server is stopping, or the version is not tried any more; ask again.")
-            self._num_in_flight[version.name] += 1
+        version = self._candidate if by_candidate else self._first
+        if version is None or self._is_stopped:
+            raise GivenUpError("The server is stopping, or the version is not tried any more; ask again.")
+        self._num_in_flight[version.name] += 1
         try:
             yield version
         finally:
-            with self._changing:
-                self._num_in_flight[version.name] -= 1
+            self._num_in_flight[version.name] -= 1
 
-    @contextmanager
-    def _loaded(self, folder: Path, number: str) -> Iterator[OnEngine]:
-        """Load a version on every engine that answers. It is not unloaded while the block puts it in its place."""
-        served = read_served(folder)
-        with self._changing:
-            known = self._first
-        if known is not None and known.served.held_base == served.held_base:
-            tokenizer, fingerprint = known.tokenizer, known.fingerprint
+    def _in_loop(self, loading: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine in the event loop, and wait for it in this thread."""
+        assert self._loop is not None, "the engines are looked after"
+        try:
+            asyncio.run_coroutine_threadsafe(loading, self._loop).result()
+        except concurrent.futures.CancelledError:
+            raise given_up() from None
+
+    def _read(self, folder: Path, number: str) -> OnEngine:
+        """Return the version in a folder, as engines will know it."""
+        served, first = read_served(folder), self._first
+        if first is not None and first.served.held_base == served.held_base:
+            tokenizer, fingerprint = first.tokenizer, first.fingerprint
         else:
             tokenizer, fingerprint = self._base_of(served)
         name = f"{served.lineage}-v{number}-{adapter_digest(folder)}"
-        version = OnEngine(
+        return OnEngine(
             served=served,
             number=number,
             name=name,
@@ -291,18 +306,20 @@ class Engines:
             path=f"{self._settings.server_adapter_dir or self._folder}/{name}",
             tokenizer=tokenizer,
             fingerprint=fingerprint,
+            proof=read_proof(folder),
         )
-        with self._changing:
-            self._coming = name
-            self._retired.pop(name, None)
+
+    async def _load(self, folder: Path, version: OnEngine, *, is_candidate: bool = False) -> None:
+        """Load a version on every engine that answers, and let it answer then."""
+        self._coming = version
         refusals: list[EngineError | ConfigError] = []
         try:
-            copy_adapter(folder, version.copy)
+            await asyncio.to_thread(copy_adapter, folder, version.copy)
             for engine in self._engines:
                 try:
-                    with engine.lock:
-                        engine.load(version)
-                except EngineAwayError as error:  # its thread loads the version when the engine is back
+                    async with engine.lock:
+                        await engine.load(version)
+                except EngineAwayError as error:  # its task loads the version when the engine is back
                     engine.problem = str(error)
                 except (EngineError, ConfigError) as error:  # another engine may take it
                     refusals.append(error)
@@ -310,10 +327,12 @@ class Engines:
             self.is_away = not is_loaded and not refusals
             if not is_loaded:
                 raise refusals[0] if refusals else NoEngineError(self._reasons())
-            yield version
+            if is_candidate:
+                self._candidate = version
+            else:
+                self._first = version
         finally:
-            with self._changing:
-                self._coming = None
+            self._coming = None
 
     def _base_of(self, served: ServedVersion) -> tuple[PreTrainedTokenizerBase, Fingerprint]:
         """Return the tokenizer of a version's base model, and what tells that model from others.
@@ -332,56 +351,57 @@ class Engines:
             )
         return tokenizer, fingerprint
 
-    def _look_after(self, engine: _Engine) -> None:
-        """Keep an engine's state until `stop`: whether it answers, its base model, and what it has loaded."""
+    async def _look_after(self, engine: _Engine) -> None:
+        """Keep an engine's state: whether it answers, its base model, and what it has loaded and applies."""
         told: str | None = None
-        while not self._is_stopped.wait(LOOK_SECONDS):
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
             try:
-                with engine.lock:
-                    engine.look()
-                    for version in self._wanted():
-                        engine.load(version)
-                    self._unload_retired(engine)
+                async with engine.lock:
+                    await engine.look()
+                    for version in filter(None, (self._first, self._candidate)):
+                        await engine.load(version)
+                    await self._unload_unused(engine)
             except (EngineError, ConfigError) as error:
                 engine.problem = str(error)
-            except Exception as error:  # the thread must not end
+            except Exception as error:  # the task must not end
                 LOG.exception("Looking after an engine failed")
                 engine.problem = f"{type(error).__name__}: {error}"
             if engine.problem != told:
                 self._note(engine.problem or f"The engine at {engine.shown} answers.")
                 told = engine.problem
 
-    def _wanted(self) -> list[OnEngine]:
-        with self._changing:
-            return [version for version in (self._first, self._candidate) if version is not None]
+    def _note_once(self, text: str) -> None:
+        if text not in self._noted:
+            self._note(text)
+        self._noted.add(text)
 
-    def _retire(self, version: OnEngine | None) -> None:
-        with self._changing:
-            if version is not None and version.name not in self._wanted_names():
-                self._retired[version.name] = time.monotonic()
+    def _in_use(self) -> set[str]:
+        """Return the names of the adapters that answer, soon will, or still do."""
+        versions = filter(None, (self._first, self._candidate, self._coming))
+        return {version.name for version in versions} | {name for name, number in self._num_in_flight.items() if number}
 
-    def _wanted_names(self) -> set[str | None]:
-        """Return the names of the adapters that answer or soon will. The caller holds the lock."""
-        return {self._coming, *(version.name for version in (self._first, self._candidate) if version is not None)}
+    async def _unload_unused(self, engine: _Engine) -> None:
+        """Unload the lineage's adapters that no front has used for the time of grace, and remove their copies.
 
-    def _unload_retired(self, engine: _Engine) -> None:
-        """Unload the lineage's adapters that nobody has used for the time of grace, and remove their copies."""
-        grace = self._settings.grace_seconds
-        for name in sorted(filter(self._own_names.fullmatch, engine.loaded)):
-            with self._changing:
-                is_wanted = name in self._wanted_names()
-                # Names that an earlier front has left get their time from now on, as that front may still answer.
-                since = self._retired.setdefault(name, time.monotonic()) if not is_wanted else time.monotonic()
-                is_due = time.monotonic() - since >= grace and not self._num_in_flight[name]
-            if not is_wanted and is_due and self._first is not None:
-                engine.client.unload(name)
-                engine.loaded -= {name}
-        with self._changing:
-            names = {name for name, since in self._retired.items() if time.monotonic() - since >= grace}
-            names -= {name for name in names if self._num_in_flight[name]}.union(*(e.loaded for e in self._engines))
-            for name in names - self._wanted_names():
-                shutil.rmtree(self._folder / name, ignore_errors=True)
-                del self._retired[name]
+        Fronts that share a folder of copies tell each other there what they use: each touches its own at every look.
+        """
+        unused = await asyncio.to_thread(self._unused, self._in_use(), engine.loaded)
+        for name in sorted(unused - self._in_use()):
+            if name in engine.loaded:
+                await engine.unload(name)
+            if not any(name in other.loaded for other in self._engines):
+                await asyncio.to_thread(shutil.rmtree, self._folder / name, ignore_errors=True)
+
+    def _unused(self, in_use: set[str], loaded: frozenset[str]) -> set[str]:
+        """Touch the copies that are in use; return the names of the lineage's adapters that nobody has touched."""
+        for name in in_use:
+            with suppress(FileNotFoundError):
+                os.utime(self._folder / name)
+        copies = {path.name: path for path in self._folder.glob("*-v*")}
+        own = {name for name in {*copies, *loaded} - in_use if self._own_names.fullmatch(name)}
+        oldest = time.time() - self._settings.grace_seconds
+        return {name for name in own if name not in copies or copies[name].stat().st_mtime <= oldest}
 
 
 @dataclass(eq=False)
@@ -389,7 +409,8 @@ class _Engine:
     """One engine. Its lock is held by whoever changes what it has loaded."""
 
     client: EngineClient
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    note: Callable[[str], None]
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     problem: str | None = "The engine has not been asked yet."
     """Why it gets no requests; None: it answers."""
     loaded: frozenset[str] = frozenset()
@@ -397,9 +418,10 @@ class _Engine:
     num_in_flight: int = 0
     base: str = ""
     """The name of its base model."""
-    proved: frozenset[tuple[str, str]] = frozenset()
-    """The base models (`ServedVersion.held_base`) that its base model has been compared with. Empty after it was
-    away."""
+    is_base_of: frozenset[tuple[str, str]] = frozenset()
+    """The base models (`ServedVersion.held_base`) that its base model was found to be since it was away."""
+    applied: frozenset[str] = frozenset()
+    """Names of the adapters that it was found to apply since it was away."""
 
     @property
     def shown(self) -> str:
@@ -412,48 +434,56 @@ class _Engine:
         return self.problem is None
 
     def has(self, version: OnEngine) -> bool:
-        """Whether it can answer for a version: it is there, has its base model, and has loaded its adapter."""
-        return self.is_there and version.name in self.loaded and version.served.held_base in self.proved
+        """Whether it can answer for a version: it is there, has its base model, and applies its adapter."""
+        return (
+            self.is_there and version.name in self.loaded & self.applied and version.served.held_base in self.is_base_of
+        )
 
-    def look(self) -> None:
+    async def look(self) -> None:
         """Ask whether it answers, and what it has loaded."""
         was_away = not self.is_there
         try:
-            models = self.client.models(seconds=LOOK_TIMEOUT)
+            models = await self.client.models(seconds=LOOK_TIMEOUT)
         except EngineError:
             self.loaded = frozenset()
             raise
         base = self.client.base_of(models)
-        if was_away or self.base != base:
-            self.base, self.proved = base, frozenset()
         self.loaded = frozenset(name for name, (_, is_adapter) in models.items() if is_adapter)
+        if was_away or self.base != base or not self.applied <= self.loaded:  # it was started again
+            self.base, self.is_base_of, self.applied = base, frozenset(), frozenset()
         self.problem = None
 
-    def load(self, version: OnEngine) -> None:
-        """Load a version, if the engine has it not yet and has its base model."""
+    async def load(self, version: OnEngine) -> None:
+        """Load a version if the engine has it not yet. It must have the version's base model, and apply the adapter."""
         if not self.base or not self.is_there:
-            self.look()
-        self._require_base(version)
+            await self.look()
+        if version.served.held_base not in self.is_base_of:
+            await require_base(self.client, self.base, version.fingerprint, version.served.base_name)
+            self.is_base_of |= {version.served.held_base}
         if version.name not in self.loaded:
-            if adapter_digest(version.copy) != version.name.rpartition("-")[2]:
+            if await asyncio.to_thread(adapter_digest, version.copy) != version.name.rpartition("-")[2]:
                 raise EngineError(
                     f"{version.copy}, the copy of version {version.number}, is damaged; start deal serve again, which "
                     "makes a new one."
                 )
-            self.client.load(version.name, version.path)
+            await self.client.load(version.name, version.path)
             self.loaded |= {version.name}
+        if version.name not in self.applied:
+            if doubt := await require_applied(self.client, self.base, version):
+                self.note(doubt)
+            self.applied |= {version.name}
 
-    def _require_base(self, version: OnEngine) -> None:
-        """Compare the engine's base model with the version's, once."""
-        if version.served.held_base not in self.proved:
-            require_base(self.client, self.base, version.fingerprint, version.served.base_name)
-            self.proved |= {version.served.held_base}
+    async def unload(self, name: str) -> None:
+        """Unload an adapter."""
+        await self.client.unload(name)
+        self.loaded -= {name}
+        self.applied -= {name}
 
 
-def require_base(client: EngineClient, model: str, fingerprint: Fingerprint, wanted: str) -> None:
+async def require_base(client: EngineClient, model: str, fingerprint: Fingerprint, wanted: str) -> None:
     """Raise ConfigError if an engine's base model `model` is not the one `wanted`, by what it makes of a fixed text."""
     try:
-        distance = apart(fingerprint.log_probs, client.prompt_log_probs(model, fingerprint.tokens))
+        distance = apart(fingerprint.log_probs, await client.prompt_log_probs(model, fingerprint.tokens))
         how = f"their log-probabilities of a fixed text differ by {distance:.2f} on average (at most {MOST_APART:g})"
     except EngineError as error:
         if error.status != 400:  # its vocabulary lacks a token
@@ -469,18 +499,52 @@ def require_base(client: EngineClient, model: str, fingerprint: Fingerprint, wan
         )
 
 
+async def require_applied(client: EngineClient, base: str, version: OnEngine) -> str | None:
+    """Ask an engine for the proof that it applies a version's adapter. Return what is in doubt; None: it applies it.
+
+    Raises:
+        ConfigError: It ignores the adapter ("adapter-ignored"), or applies something else ("other-adapter").
+    """
+    if version.proof is None:
+        return (
+            f"Version {version.number} was stored without a proof of its adapter, so nobody knows whether "
+            f"{client.shown} applies it. A new version will have one."
+        )
+    asked = [
+        client.prompt_log_probs(model, text) for model in (version.name, base, base) for text in version.proof.texts
+    ]
+    log_probs = await asyncio.gather(*asked)
+    num_texts = len(version.proof.texts)
+    verdict, residual = version.proof.judge(
+        *(log_probs[start:][:num_texts] for start in range(0, len(asked), num_texts))
+    )
+    if verdict == "too small":
+        return (
+            f"The adapter of version {version.number} changes its base model too little to prove that {client.shown} "
+            "applies it."
+        )
+    distance = f"what it changes is {residual:.2f} away from what was measured at the evaluation"
+    if verdict == "ignored":
+        raise ConfigError(
+            f"The engine at {client.shown} ignores the adapter of version {version.number}: {distance}. Its release "
+            "may not apply adapters to this model; start another one.",
+            code="adapter-ignored",
+        )
+    if verdict == "otherwise":
+        raise ConfigError(
+            f"The engine at {client.shown} applies something else than the adapter of version {version.number}: "
+            f"{distance}. Start the engine again.",
+            code="other-adapter",
+        )
+    return None
+
+
 class Completion:
     """The answers to the rows of one request, while they come."""
 
-    def __init__(
-        self,
-        version: OnEngine,
-        asked: Sequence[tuple[ServedTask, str]],
-        sampling: Sampling,
-        *ends: Callable[[], bool],
-    ) -> None:
+    def __init__(self, version: OnEngine, asked: Sequence[tuple[ServedTask, str]], sampling: Sampling) -> None:
         self.version = version
-        self._asked, self._sampling, self._ends = asked, sampling, ends
+        self._asked, self._sampling = asked, sampling
         self._num = sampling.num_answers
         self._parts: list[list[Piece]] = [[] for _ in range(len(asked) * self._num)]
         self._tokens: Counter[str] = Counter()
@@ -504,11 +568,10 @@ class Completion:
             for number in range(self._num):
                 self._parts[place * self._num + number] = []
 
-    def take(self, client: EngineClient, places: Sequence[int]) -> None:
+    async def take(self, client: EngineClient, places: Sequence[int]) -> None:
         """Let an engine answer some rows, all of one task."""
-        task = self._asked[places[0]][0]
-        with self._given_up(), closing(client.complete(self._body(task, places), self._is_ended)) as pieces:
-            for piece in pieces:
+        async with aclosing(client.complete(await self._body(places))) as pieces:
+            async for piece in pieces:
                 if not isinstance(piece, Piece):
                     self._tokens.update({name: piece[name] for name in ("prompt_tokens", "completion_tokens")})
                     continue
@@ -520,23 +583,10 @@ class Completion:
                     choice = self._choice(index, [piece])
                     if not any(part.text.strip() for part in self._parts[index][:-1]):  # an answer begins with a word
                         choice = choice._replace(text=choice.text.lstrip())
-                    self._sampling.on_piece(choice, self.version.served, self.version.number)
+                    await self._sampling.on_piece(choice, self.version.served, self.version.number)
         lacking = [place for place in places if not self._parts[place * self._num]]
         if lacking:
             raise EngineError(f"The engine at {client.shown} gave {len(lacking)} of {len(places)} rows no answer.")
-
-    def _is_ended(self) -> bool:
-        return any(is_ended() for is_ended in self._ends)
-
-    @contextmanager
-    def _given_up(self) -> Iterator[None]:
-        """Tell an engine that went away from an answer that nobody waits for, whose connection was closed."""
-        try:
-            yield
-        except EngineAwayError:
-            if not self._is_ended():
-                raise
-            raise given_up() from None
 
     def finished(self) -> Answered:
         """Return the answers. The first one of each row is the one that the prediction log gets."""
@@ -569,12 +619,15 @@ class Completion:
         own = tokens[: tokens_before_end(tokens, stop_ids(tokenizer))]
         return str(tokenizer.decode(own, skip_special_tokens=True))
 
-    def _body(self, task: ServedTask, places: Sequence[int]) -> dict[str, Any]:
-        """Return the request to the engine. By default an answer is the most likely one."""
+    async def _body(self, places: Sequence[int]) -> dict[str, Any]:
+        """Return the request to the engine for rows of one task. By default an answer is the most likely one."""
+        task, texts = self._asked[places[0]][0], [self._asked[place][1] for place in places]
         tokenizer, form, wanted = self.version.tokenizer, self.version.answers[task.schema.name], self._sampling
-        prompts = [
-            encode_prompt(tokenizer, task.schema, self._asked[place][1], task.max_prompt_tokens) for place in places
-        ]
+
+        def encode() -> list[list[int]]:
+            return [encode_prompt(tokenizer, task.schema, text, task.max_prompt_tokens) for text in texts]
+
+        prompts = encode() if sum(map(len, texts)) <= LONG_CHARS else await asyncio.to_thread(encode)
         body: dict[str, Any] = {
             "model": self.version.name,
             "prompt": prompts,

@@ -6,13 +6,11 @@ could be judged, so there is no rollout then.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -64,8 +62,10 @@ class Rollout:
         """Why the version in rollout is not tried."""
         self._failed: tuple[Trial, float] | None = None
         """What did not load, and when (monotonic seconds)."""
-        self._shadow = ThreadPoolExecutor(1, thread_name_prefix="shadow")
-        self._room = threading.Semaphore(MAX_COPIES)
+        self._copies: set[asyncio.Task[None]] = set()
+        """Requests that wait for the shadow, or that it answers."""
+        self._shadow = asyncio.Lock()
+        """Held while the shadow answers: it gets one request after another."""
         self.num_dropped = 0
         """Requests that were not copied since the server started, because the shadow is slower than they come."""
 
@@ -103,14 +103,13 @@ class Rollout:
             self._try(candidate, wanted)
 
     def stop(self) -> None:
-        """Drop the copies that wait."""
-        self._shadow.shutdown(wait=False, cancel_futures=True)
+        """Try nothing any more. Copies that wait are dropped."""
+        self.trial = None
 
-    def ask(
+    async def ask(
         self,
         rows: Sequence[InputRow],
         served: ServedVersion,
-        is_given_up: Callable[[], bool],
         key: str | None,
         version: str | None,
         sampling: Sampling | None = None,
@@ -137,7 +136,7 @@ class Rollout:
         begun = time.perf_counter()
         pieces = _Pieces(sampling)
         try:
-            return self._ask(trial, rows, is_given_up, sampling=pieces.sampling, ids=ids)
+            return await self._ask(trial, rows, sampling=pieces.sampling, ids=ids)
         except Exception as error:
             if version is not None or pieces.have_come:
                 raise
@@ -151,18 +150,21 @@ class Rollout:
         trial = self.trial
         if trial is None or trial.kind != "shadow" or not answered.ids or not trial.takes(key or digest(rows)):
             return
-        if not self._room.acquire(blocking=False):
+        if len(self._copies) > MAX_COPIES:
             self.num_dropped += 1
             return
-        with suppress(RuntimeError):  # the server is ending
-            self._shadow.submit(self._answer_copy, trial, rows, answered)
+        copy = asyncio.create_task(self._answer_copy(trial, rows, answered))
+        self._copies.add(copy)
+        copy.add_done_callback(self._copies.discard)
 
-    def _answer_copy(self, trial: Trial, rows: Sequence[InputRow], answered: Answered) -> None:
-        self._room.release()
-        try:
-            self._ask(trial, rows, lambda: self.trial != trial, answered)
-        except Exception as error:
-            _report(error, trial)
+    async def _answer_copy(self, trial: Trial, rows: Sequence[InputRow], answered: Answered) -> None:
+        async with self._shadow:
+            if self.trial != trial:
+                return
+            try:
+                await self._ask(trial, rows, answered)
+            except Exception as error:
+                _report(error, trial)
 
     def _try(self, candidate: Version, trial: Trial) -> None:
         problem = try_to_load(
@@ -183,11 +185,10 @@ class Rollout:
             self._note(problem)
         self.problem = problem
 
-    def _ask(
+    async def _ask(
         self,
         trial: Trial,
         rows: Sequence[InputRow],
-        is_given_up: Callable[[], bool],
         returned: Answered | None = None,
         *,
         sampling: Sampling | None = None,
@@ -201,9 +202,7 @@ class Rollout:
         begun, is_copy = time.perf_counter(), returned is not None
         served, shadow_of = (self._answerer.served, ()) if returned is None else (returned.served, returned.ids)
         try:
-            answered = self._answerer.ask(
-                rows, is_given_up, by_candidate=True, in_background=is_copy, sampling=sampling
-            )
+            answered = await self._answerer.reply(rows, by_candidate=True, in_background=is_copy, sampling=sampling)
         except GivenUpError:
             raise
         except Exception as error:
@@ -225,9 +224,9 @@ class _Pieces:
             self.sampling = replace(sampling, on_piece=self._pass_on)
             self._on_piece = sampling.on_piece
 
-    def _pass_on(self, choice: Choice, served: ServedVersion, version: str) -> None:
+    async def _pass_on(self, choice: Choice, served: ServedVersion, version: str) -> None:
         self.have_come = True
-        self._on_piece(choice, served, version)
+        await self._on_piece(choice, served, version)
 
 
 def try_to_load(store: ObjectStore, version: Version, load: Callable[[Path], None]) -> str | None:
@@ -235,7 +234,7 @@ def try_to_load(store: ObjectStore, version: Version, load: Callable[[Path], Non
     try:
         with temporary_folder() as temporary:
             folder = temporary / "version"
-            fetch_version(store, version, folder)
+            fetch_version(store, version, folder, with_proof=True)
             load(folder)
     except Exception as error:  # damaged files, a full disk, too little memory
         reason = without_secrets(" ".join(str(error).split()))

@@ -7,7 +7,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from deal_core.adapter.files import CONFIG_FILE, PEFT_FILES, digests_of, require_undamaged
+from deal_core.adapter.files import CONFIG_FILE, PEFT_FILES, PROOF_FILE, digests_of, require_undamaged
 from deal_core.evaluation.answering import SERVED_FILE
 from deal_core.safe_text import without_secrets
 from infra.store.base import ObjectNotFoundError, ObjectStore
@@ -16,8 +16,8 @@ from infra.versions import Version, remedy_for, require_adapter
 SERVED_FILES = (*PEFT_FILES, SERVED_FILE)
 
 
-def fetch_version(store: ObjectStore, version: Version, folder: Path) -> None:
-    """Write the adapter of a version and its `deal.json` into an empty or new folder.
+def fetch_version(store: ObjectStore, version: Version, folder: Path, *, with_proof: bool = False) -> None:
+    """Write the adapter of a version and its `deal.json` into an empty or new folder, and its proof if it has one.
 
     Raises:
         IntegrityError: A file is missing, or its bytes differ from the recorded ones.
@@ -26,13 +26,14 @@ def fetch_version(store: ObjectStore, version: Version, folder: Path) -> None:
     """
     require_adapter(version)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in SERVED_FILES:
+    names = (*SERVED_FILES, PROOF_FILE) if with_proof and PROOF_FILE in version.files_sha256 else SERVED_FILES
+    for name in names:
         with suppress(ObjectNotFoundError):  # the comparison below names the file
             store.download_file(f"{version.adapter_uri}/{name}", folder / name)
     require_undamaged(
-        digests_of(folder, SERVED_FILES),
+        digests_of(folder, names),
         version.files_sha256,
-        SERVED_FILES,
+        names,
         what=f"Version {version.version} of '{version.lineage}'",
         where=without_secrets(store.uri_of(version.adapter_uri)),
         remedy=remedy_for(version),

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import ssl
-import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import httpx
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from deal_core.errors import ConfigError, DealError
 from deal_core.safe_text import without_secrets
@@ -27,8 +25,6 @@ ANSWER_SECONDS = 300.0
 """Longest wait for the next piece of an answer. A full engine lets requests wait."""
 KEEP_ALIVE_SECONDS = 3.0
 """Time for which an idle connection is used again. A vLLM server closes it after 5 s."""
-ENDED_SECONDS = 0.1
-"""Pause between two looks whether an answer is still waited for."""
 FIRST_PAUSE_SECONDS = 0.5
 AWAY = frozenset({429, 502, 503, 504})
 """Status codes of a server or proxy that is starting or too busy."""
@@ -71,7 +67,7 @@ class Piece(NamedTuple):
 
 
 class EngineClient:
-    """A client of one server. Threads may share it.
+    """A client of one server, for one event loop. `async with` closes its connections.
 
     Raises:
         EngineAwayError: In every method: the server does not answer.
@@ -89,7 +85,7 @@ class EngineClient:
         except (OSError, ssl.SSLError) as error:
             problem = f"DEAL_ENGINE_CA_FILE: {settings.ca_file} holds no certificates ({error}); give a PEM file."
             raise ConfigError(problem) from None
-        self._client = httpx.Client(
+        self._client = httpx.AsyncClient(
             base_url=url,
             headers={"Authorization": f"Bearer {key.get_secret_value()}"} if key else {},
             timeout=httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS),
@@ -100,9 +96,19 @@ class EngineClient:
         )
         self._max_attempts = max_attempts
 
-    def models(self, *, seconds: float = ANSWER_SECONDS) -> dict[str, tuple[str, bool]]:
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()
+
+    async def models(self, *, seconds: float = ANSWER_SECONDS) -> dict[str, tuple[str, bool]]:
         """Return the name of each model, with the path that it was loaded from, and whether it is an adapter."""
-        answer = self._send("list its models", "GET", "/v1/models", seconds=seconds)
+        answer = await self._send("list its models", "GET", "/v1/models", seconds=seconds)
         try:
             return {
                 entry["id"]: (str(entry.get("root") or ""), entry.get("parent") is not None)
@@ -120,47 +126,48 @@ class EngineClient:
             raise EngineError(f"The engine at {self.shown} has no base model.")
         return bases[0]
 
-    def version(self) -> str:
+    async def version(self) -> str:
         """Return the release of vLLM, such as 0.32.0."""
         try:
-            return str(self._send("tell its release", "GET", "/version").json()["version"])
+            return str((await self._send("tell its release", "GET", "/version")).json()["version"])
         except NO_ANSWER:
             raise EngineError(f"{self.shown} tells no release as vLLM does.") from None
 
-    def load(self, name: str, path: str) -> None:
+    async def load(self, name: str, path: str) -> None:
         """Load an adapter from a path on the server, if it is not loaded yet."""
         try:
-            self._send(f"load {path}", "POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
+            await self._send(f"load {path}", "POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
         except EngineError:
-            if self.models().get(name) != (path, True):  # else another front, or an attempt before, has loaded it
+            if (await self.models()).get(name) != (
+                path,
+                True,
+            ):  # else another front, or an attempt before, has loaded it
                 raise
 
-    def unload(self, name: str) -> None:
+    async def unload(self, name: str) -> None:
         """Unload an adapter, if it is loaded."""
         try:
-            self._send(f"unload {name}", "POST", "/v1/unload_lora_adapter", {"lora_name": name})
+            await self._send(f"unload {name}", "POST", "/v1/unload_lora_adapter", {"lora_name": name})
         except EngineError:
-            if name in self.models():
+            if name in await self.models():
                 raise
 
-    def complete(
-        self, body: Mapping[str, Any], is_ended: Callable[[], bool] = lambda: False
-    ) -> Generator[Piece | Mapping[str, int], None, None]:
+    async def complete(self, body: Mapping[str, Any]) -> AsyncGenerator[Piece | Mapping[str, int], None]:
         """Yield the pieces of the answers to a body of /v1/completions as they come, then the numbers of tokens.
 
-        Closing the iterator ends the connection, and the engine then gives the request up. Once `is_ended` returns
-        True, the connection ends too, also while a piece is waited for; that raises EngineAwayError.
+        Closing the generator, or cancelling the task, ends the connection; the engine then gives the request up.
         """
         more = {"stream": True, "stream_options": {"include_usage": True}, "return_tokens_as_token_ids": True}
-        with self._connected(), self._client.stream("POST", "/v1/completions", json={**body, **more}) as answer:
-            if not answer.is_success:
-                answer.read()
-            self._require_success(answer, f"ask {body['model']}", "/v1/completions")
-            with _ended_if(answer, is_ended):
-                for line in answer.iter_lines():
+        with self._connected():
+            async with self._client.stream("POST", "/v1/completions", json={**body, **more}) as answer:
+                if not answer.is_success:
+                    await answer.aread()
+                self._require_success(answer, f"ask {body['model']}", "/v1/completions")
+                async for line in answer.aiter_lines():
                     data = line.removeprefix("data: ")
                     if data != line and data != "[DONE]":
-                        yield from self._read_event(data)
+                        for part in self._read_event(data):
+                            yield part
 
     def _read_event(self, data: str) -> list[Piece | Mapping[str, int]]:
         """Return the pieces of one event of a stream, or the numbers of tokens."""
@@ -173,17 +180,17 @@ class EngineClient:
         except NO_ANSWER:
             raise EngineError(f"{self.shown} gave no completion as vLLM does.") from None
 
-    def prompt_log_probs(self, model: str, prompt: Sequence[int]) -> list[float]:
+    async def prompt_log_probs(self, model: str, prompt: Sequence[int]) -> list[float]:
         """Return the log-probability of each token of a prompt after those before it, without the first one's."""
         body = {"model": model, "prompt": list(prompt), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-        answer = self._send(f"ask {model}", "POST", "/v1/completions", body)
+        answer = await self._send(f"ask {model}", "POST", "/v1/completions", body)
         try:
             scored = answer.json()["choices"][0]["prompt_logprobs"][1:]
             return [float(entry[str(token)]["logprob"]) for token, entry in zip(prompt[1:], scored, strict=True)]
         except NO_ANSWER:
             raise EngineError(f"{self.shown} gave no prompt_logprobs as vLLM does.") from None
 
-    def _send(
+    async def _send(
         self,
         action: str,
         method: str,
@@ -193,7 +200,7 @@ class EngineClient:
         seconds: float = ANSWER_SECONDS,
     ) -> httpx.Response:
         """Send a request; repeat it while the server does not answer."""
-        for attempt in Retrying(
+        async for attempt in AsyncRetrying(
             stop=stop_after_attempt(self._max_attempts),
             wait=wait_exponential(FIRST_PAUSE_SECONDS, max=10),
             retry=retry_if_exception_type(EngineAwayError),
@@ -201,7 +208,7 @@ class EngineClient:
         ):
             with attempt, self._connected():
                 timeout = httpx.Timeout(seconds, connect=min(seconds, CONNECT_SECONDS))
-                answer = self._client.request(method, path, json=body, timeout=timeout)
+                answer = await self._client.request(method, path, json=body, timeout=timeout)
                 self._require_success(answer, action, path)
         return answer
 
@@ -235,28 +242,6 @@ class EngineClient:
         else:
             reason = f"it answered {answer.status_code}."
         raise EngineError(f"The engine at {self.shown} did not {action}: {reason}", answer.status_code)
-
-
-@contextmanager
-def _ended_if(answer: httpx.Response, is_ended: Callable[[], bool]) -> Iterator[None]:
-    """End the connection of an answer that is being read, once `is_ended` returns True."""
-    connection: socket.socket = answer.extensions["network_stream"].get_extra_info("socket")
-    is_read = threading.Event()
-
-    def watch() -> None:
-        while not is_read.wait(ENDED_SECONDS):
-            if is_ended():
-                with suppress(OSError):  # it has ended by itself
-                    connection.shutdown(socket.SHUT_RDWR)
-                return
-
-    watching = threading.Thread(target=watch, name="ended", daemon=True)
-    watching.start()
-    try:
-        yield
-    finally:
-        is_read.set()
-        watching.join()  # afterwards the socket may be another connection's
 
 
 def _one_line(message: object) -> str:

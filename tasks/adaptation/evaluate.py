@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from prefect import task
 
+from deal_core.adapter.files import PROOF_FILE
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, CellScore
 from deal_core.evaluation.interval import score_text
 from deal_core.evaluation.metrics import right_answers, score_answers
@@ -79,6 +81,8 @@ def evaluate_version(
     general = measure_general(scorer, adaptation, trained)
     (own,) = (test_set for test_set in asked.all if test_set.schema.name == adaptation.dataset.task)
     divergence = scorer.divergence_from_base(trained.folder, own)
+    if proof := scorer.prove(trained.folder, [own, *(test_set for test_set in judging if test_set is not own)]):
+        store.put_bytes(f"{trained.uri}/{PROOF_FILE}", json.dumps(proof.to_json()).encode())
     of_rows = (*asked.notes, *_length_notes(scorer, own, adaptation.dataset), *collapse_notes(scores.now))
     notes = (*notes, *of_rows, *general.notes)
     report = _report(adaptation, asked, scores, scorer.num_rows, notes, scorer.answerer)

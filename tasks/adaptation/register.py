@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from datetime import UTC, datetime
 
 from prefect import runtime, task
 
-from deal_core.adapter.files import CONFIG_FILE, as_recorded, digests_of
+from deal_core.adapter.files import CONFIG_FILE, PROOF_FILE, as_recorded, digests_of
 from deal_core.base_model.sources import licence_of_base, resolve_base
 from deal_core.evaluation.gate import GateDecision
 from deal_core.evaluation.report import EvaluationReport, mean_score
 from infra.settings import HomeSettings
 from infra.store import keys
+from infra.store.base import ObjectNotFoundError
 from infra.versions import SCORES, Version, Versions
 from tasks.adaptation.run import STAGE, AdaptationRun
 from tasks.arrival_check import keep_scores
@@ -53,6 +55,8 @@ def register_version(
     served = json.dumps(served_version(record).to_json(), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
     (trained.folder / SERVED_FILE).write_text(served, encoding="utf-8")
     files = digests_of(trained.folder) | digests_of(trained.folder, [SERVED_FILE])
+    with suppress(ObjectNotFoundError):  # an evaluation by several processes makes no proof
+        files[PROOF_FILE] = store.sha256_of(f"{trained.uri}/{PROOF_FILE}")
     version = Version(
         lineage=adaptation.lineage,
         created=datetime.now(UTC),
