@@ -149,7 +149,7 @@ async def _wait_for_engine(store: ObjectStore, tip: Version, clients: Sequence[E
         problems = []
         for client in clients:
             try:
-                require_base(client, client.base_of(client.models()), fingerprint, name)
+                await require_base(client, client.base_of(await client.models()), fingerprint, name)
                 return
             except DealError as error:
                 problems.append(in_one_line(error))

@@ -51,7 +51,24 @@ SIGNATURE = ModelSignature(
     outputs=Schema([ColSpec(DataType.string, name) for name in ("output", "task", "version", "lineage")]),
 )
 VERSION = "version"
-"""The name of the version's number: in a model's metadata, and as an attribute of a table of answers."""
+"""The name of the version's number in a model's metadata."""
+
+
+class RowsOfTable:
+    """Reads the rows of a table as a model that MLflow calls for predictions, so that MLflow has checked the table."""
+
+    def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[InputRow]:
+        """Return the rows of a table with the columns `input` and optionally `task`.
+
+        A row without a task (null) gets the newest. MLflow passes `params`, which are not used. A row that is not valid
+        raises MlflowException, for which a server answers 400.
+        """
+        inputs = model_input["input"].tolist()
+        tasks = model_input["task"].tolist() if "task" in model_input else [None] * len(inputs)
+        try:
+            return [_row(*row, number) for number, row in enumerate(zip(inputs, tasks, strict=True), 1)]
+        except ConfigError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from error
 
 
 class ServedModel:
@@ -61,34 +78,31 @@ class ServedModel:
         self.ask = ask
 
     def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """Answer a table with the columns `input` and optionally `task`. A row without a task (null) gets the newest.
-
-        MLflow passes `params`, which are not used. A row that is not valid raises MlflowException, for which a server
-        answers 400.
-        """
-        inputs = model_input["input"].tolist()
-        tasks = model_input["task"].tolist() if "task" in model_input else [None] * len(inputs)
+        """Answer a table; errors are those of `RowsOfTable`."""
+        rows = RowsOfTable().predict(model_input, params)
         try:
-            rows = [_row(*row, number) for number, row in enumerate(zip(inputs, tasks, strict=True), 1)]
-            answered = self.ask(rows)
+            return table_of(rows, self.ask(rows))
         except ConfigError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
-        asked = [answered.served.task(row.task) for row in rows]
-        table = pd.DataFrame(
-            {
-                "output": answered.answers,
-                "task": [row.task or answered.served.newest_task for row in rows],
-                "version": answered.version,
-                "lineage": answered.served.lineage,
-            }
-        )
-        if answered.ids:
-            table["id"], table["confidence"] = list(answered.ids), [sure.confidence for sure in answered.confidences]
-        problems = [task and task.problem_of(text) for task, text in zip(asked, answered.answers, strict=True)]
-        if any(problems):
-            table["problem"] = pd.Series(problems, dtype=object)  # else pandas writes None as NaN
-        table.attrs[VERSION] = answered.version  # so that a table without rows names the version too
-        return table
+
+
+def table_of(rows: Sequence[InputRow], answered: Answered) -> pd.DataFrame:
+    """Return the answers to rows as a table."""
+    asked = [answered.served.task(row.task) for row in rows]
+    table = pd.DataFrame(
+        {
+            "output": answered.answers,
+            "task": [row.task or answered.served.newest_task for row in rows],
+            "version": answered.version,
+            "lineage": answered.served.lineage,
+        }
+    )
+    if answered.ids:
+        table["id"], table["confidence"] = list(answered.ids), [sure.confidence for sure in answered.confidences]
+    problems = [task and task.problem_of(text) for task, text in zip(asked, answered.answers, strict=True)]
+    if any(problems):
+        table["problem"] = pd.Series(problems, dtype=object)  # else pandas writes None as NaN
+    return table
 
 
 def _row(text: Any, task: Any, number: int) -> InputRow:

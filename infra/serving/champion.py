@@ -87,6 +87,16 @@ class Champion:
         self.rollout: Rollout | None = None
         """The version that is tried next to the champion; None: no version was loaded yet."""
 
+    async def __aenter__(self) -> Champion:
+        """Look after the engines, if there are any, from before `begin` to the end."""
+        if self._engines is not None:
+            await self._engines.__aenter__()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._engines is not None:
+            await self._engines.__aexit__()
+
     def state(self) -> dict[str, Any]:
         """Return the body of GET /version."""
         return {

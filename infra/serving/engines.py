@@ -285,6 +285,9 @@ class Engines:
     def _in_loop(self, loading: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine in the event loop, and wait for it in this thread."""
         assert self._loop is not None, "the engines are looked after"
+        if self._is_stopped:
+            loading.close()
+            raise given_up()
         try:
             asyncio.run_coroutine_threadsafe(loading, self._loop).result()
         except concurrent.futures.CancelledError:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+
+from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from deal_core.base_model.load import BaseModel
 from deal_core.errors import ConfigError
@@ -35,16 +37,18 @@ class EvaluationEngine:
         EngineError: It does not answer, or is no vLLM server.
     """
 
-    def __init__(self, client: EngineClient, store: ObjectStore, base: BaseModel) -> None:
-        self.name = f"vllm {client.version()}"
-        """What answers, as stored answers name it."""
-        fingerprint = keep_fingerprint(store, base.sha256, base.quantize, lambda: base)
-        if fingerprint is None:
-            reason = f"{base.name} is an encoder-decoder, which vLLM serves no adapters on"
-            raise ConfigError(f"DEAL_EVALUATE_ENGINE: {reason}; unset it.")
-        self._client, self._base, self._fingerprint = client, base, fingerprint
-        self._base_name = client.base_of(client.models())
-        require_base(client, self._base_name, fingerprint, base.name)
+    def __init__(self, url: str, store: ObjectStore, base: BaseModel) -> None:
+        self._url, self._base = url, base
+        with connected(url) as (portal, client):
+            self.name = f"vllm {portal.call(client.version)}"
+            """What answers, as stored answers name it."""
+            fingerprint = keep_fingerprint(store, base.sha256, base.quantize, lambda: base)
+            if fingerprint is None:
+                reason = f"{base.name} is an encoder-decoder, which vLLM serves no adapters on"
+                raise ConfigError(f"DEAL_EVALUATE_ENGINE: {reason}; unset it.")
+            self._fingerprint = fingerprint
+            self._base_name = client.base_of(portal.call(client.models))
+            portal.call(require_base, client, self._base_name, fingerprint, base.name)
 
     @contextmanager
     def answering(self, adapter: Path | None) -> Iterator[AnswerInputs]:
@@ -53,23 +57,24 @@ class EvaluationEngine:
         Raises:
             EngineError: The engine does not answer, or refuses the adapter.
         """
-        if adapter is None:
-            yield self._answers_of(self._base_name)
-            return
-        # A name never stands for two adapters, and two evaluations of one adapter must not unload it for each other.
-        settings, name = EngineSettings(), f"evaluate-{adapter_digest(adapter)}-{uuid.uuid4().hex[:8]}"
-        folder = adapter_folder(settings) / name
-        copy_adapter(adapter, folder)
-        try:
-            self._client.load(name, f"{settings.server_adapter_dir or folder.parent}/{name}")
+        with connected(self._url) as (portal, client):
+            if adapter is None:
+                yield self._answers_of(self._base_name, portal, client)
+                return
+            # A name never stands for two adapters, and two evaluations of one adapter must not unload it for each other.
+            settings, name = EngineSettings(), f"evaluate-{adapter_digest(adapter)}-{uuid.uuid4().hex[:8]}"
+            folder = adapter_folder(settings) / name
+            copy_adapter(adapter, folder)
             try:
-                yield self._answers_of(name)
+                portal.call(client.load, name, f"{settings.server_adapter_dir or folder.parent}/{name}")
+                try:
+                    yield self._answers_of(name, portal, client)
+                finally:
+                    portal.call(client.unload, name)
             finally:
-                self._client.unload(name)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
 
-    def _answers_of(self, name: str) -> AnswerInputs:
+    def _answers_of(self, name: str, portal: BlockingPortal, client: EngineClient) -> AnswerInputs:
         base = self._base
 
         def answer(task: ServedTask, inputs: Sequence[str], on_progress: OnProgress | None = None) -> list[GivenAnswer]:
@@ -92,19 +97,32 @@ class EvaluationEngine:
                 fingerprint=self._fingerprint,
             )
             completion = Completion(version, [(task, text) for text in inputs], Sampling())
+            places = asyncio.Semaphore(NUM_REQUESTS)
 
-            def take(places: Sequence[int]) -> int:
-                completion.take(self._client, places)
-                return len(places)
+            async def take(rows: Sequence[int]) -> int:
+                async with places:
+                    await completion.take(client, rows)
+                return len(rows)
 
-            with ThreadPoolExecutor(NUM_REQUESTS) as pool:
-                for num_rows in pool.map(take, completion.batches()):
-                    if on_progress is not None:
-                        on_progress(num_rows)
+            for taken in [portal.start_task_soon(take, rows) for rows in completion.batches()]:
+                num_rows = taken.result()
+                if on_progress is not None:
+                    on_progress(num_rows)
             answered = completion.finished()
             return [*map(GivenAnswer, answered.answers, answered.confidences, answered.is_cut)]
 
         return answer
+
+
+@contextmanager
+def connected(url: str) -> Iterator[tuple[BlockingPortal, EngineClient]]:
+    """Give a client, and an event loop in a thread that calls its methods: an evaluation itself is no coroutine."""
+    client = EngineClient(url, EngineSettings(), max_attempts=MAX_ATTEMPTS)
+    with start_blocking_portal() as portal:
+        try:
+            yield portal, client
+        finally:
+            portal.call(client.close)
 
 
 def evaluation_engine(store: ObjectStore, load: Callable[[], BaseModel]) -> EvaluationEngine | None:
@@ -120,4 +138,4 @@ def evaluation_engine(store: ObjectStore, load: Callable[[], BaseModel]) -> Eval
         return None
     if holds_secret(url):
         raise ConfigError("DEAL_EVALUATE_ENGINE has a user or a password; give DEAL_ENGINE_API_KEY instead.")
-    return EvaluationEngine(EngineClient(url, EngineSettings(), max_attempts=MAX_ATTEMPTS), store, load())
+    return EvaluationEngine(url, store, load())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import re
+import resource
 import signal
 import socket
 import sys
@@ -27,16 +29,18 @@ from infra.serving.server import LOOPBACK_NAMES, make_app
 from infra.settings import EngineSettings, ServingSettings
 from infra.store.base import ObjectStore
 
-MAX_CONNECTIONS = 512
+MAX_CONNECTIONS = 2_048
 """At this number of open connections uvicorn answers every request with 503, also one to /health."""
 IDLE_SECONDS = 30
 """Time from an answer to the next request of a connection."""
-GRACE_SECONDS = 10
+GRACE_SECONDS = 3
 """Time for open requests when the server ends."""
 JOIN_SECONDS = 1.0
 SWITCH_SECONDS = 0.0005
 """How long Python lets one thread compute while others wait. The model's thread gives way at each operation and waits
 again, so with Python's 5 ms the reading of one large request would stop all answers."""
+NUM_FILES = 2 * MAX_CONNECTIONS
+"""Open files that the process may need: of clients, and of engines."""
 API_KEY = "DEAL_SERVE_API_KEY"
 EVERYWHERE = ("0.0.0.0", "::", "")
 HOST_PATTERN = re.compile(r"\*|(\*\.)?[\w.-]+|\[[\da-f]*:[\da-f.:]+\]", re.ASCII | re.IGNORECASE)
@@ -81,18 +85,20 @@ def serve(
     log = open_prediction_log(store, lineage)
     on_engines = Engines(store, lineage, engines, EngineSettings(), say) if engines else None
     champion, ended = Champion(store, lineage, say, log, on_engines), threading.Event()
-    follower = threading.Thread(target=champion.follow, args=(ended,), name="champion", daemon=True)
+
+    def announce() -> None:
+        if log is not None:
+            log.start()  # not before: now the lineage is known
+        address, bound_port = listener.getsockname()[:2]
+        ready(f"http://{_in_brackets(address)}:{bound_port}", str(champion.version))
+
+    follower = Follower(champion, ended)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, also while the champion loads
     sys.setswitchinterval(SWITCH_SECONDS)
+    _allow_files(NUM_FILES)
     with listener, _logged_to(home / "logs" / f"serve-{lineage}.log"), suppress(KeyboardInterrupt):
         try:
-            champion.begin()
-            follower.start()
-            if log is not None:
-                log.start()  # not before: now the lineage is known
-            address, bound_port = listener.getsockname()[:2]
-            ready(f"http://{_in_brackets(address)}:{bound_port}", str(champion.version))
-            make_server(make_app(champion, trusted, api_key), champion.drain).run([listener])
+            asyncio.run(answer(champion, follower, make_app(champion, trusted, api_key), listener, announce))
         finally:
             ended.set()
             champion.stop()
@@ -101,6 +107,59 @@ def serve(
     if follower.is_alive():
         follower.join(JOIN_SECONDS)
     return not follower.is_alive()
+
+
+class Follower(threading.Thread):
+    """Loads the champion, and follows the promotion log. A store that hangs delays no request, and no end."""
+
+    def __init__(self, champion: Champion, ended: threading.Event) -> None:
+        super().__init__(name="champion", daemon=True)
+        self._champion, self._ended = champion, ended
+
+    async def begin(self) -> None:
+        """Begin, and wait until the champion is loaded; errors are those of `Champion.begin`."""
+        self._loop = asyncio.get_running_loop()
+        self._begun: asyncio.Future[None] = self._loop.create_future()
+        self.start()
+        await self._begun
+
+    def run(self) -> None:
+        """Do it; `begin` calls this in the thread."""
+        error: Exception | None = None
+        try:
+            self._champion.begin()
+        except Exception as problem:
+            error = problem
+        with suppress(RuntimeError):  # the event loop has ended
+            self._loop.call_soon_threadsafe(self._tell, error)
+        if error is None:
+            self._champion.follow(self._ended)
+
+    def _tell(self, error: Exception | None) -> None:
+        if self._begun.cancelled():
+            return
+        if error is None:
+            self._begun.set_result(None)
+        else:
+            self._begun.set_exception(error)
+
+
+async def answer(
+    champion: Champion, follower: Follower, app: ASGIApp, listener: socket.socket, announce: Callable[[], None]
+) -> None:
+    """Load the champion, announce it, and answer until the server is told to end."""
+    async with champion:
+        await follower.begin()
+        announce()
+        await make_server(app, champion.drain).serve([listener])
+
+
+def _allow_files(number: int) -> None:
+    """Let the process open so many files, as far as the system allows it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = number if hard == resource.RLIM_INFINITY else min(number, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _api_key(host: str, say: Say) -> str | None:

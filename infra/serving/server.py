@@ -3,13 +3,16 @@
     POST /invocations          MLflow's format: {"dataframe_records": [{"input": "I lost my card.", "task": "billing"}]}
     POST /v1/chat/completions  OpenAI's format, and /v1/completions
     GET  /v1/models            the names of models that are served
+    GET  /openapi.json         OpenAPI's description of the paths below /v1
     POST /feedback             [{"id": ID, "label": LABEL}]
     GET  /health, /ping        200 while a version answers
     GET  /version              the version that answers, the version that is being loaded, and the current problem
     GET  /metrics              figures for Prometheus
 
-`infra.serving.formats` reads and writes the bodies. A refusal is `{"error": "a sentence"}`; below /v1 it has OpenAI's
-form.
+`infra.serving.formats` and `infra.serving.openai_api` read and write the bodies. A refusal is `{"error": "a
+sentence"}`; below /v1 it has OpenAI's form.
+
+Each request is a task of one event loop. The task that answers is cancelled when its client leaves.
 """
 
 from __future__ import annotations
@@ -17,10 +20,8 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -39,23 +40,26 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from infra.serving.champion import Champion
-from infra.serving.formats import RETRY, Caller, HttpAnswer, RefusalError, complete, give_feedback, list_models, predict
+from infra.serving.formats import RETRY, Caller, HttpAnswer, RefusalError, give_feedback, predict
+from infra.serving.openai_api import complete, list_models, openapi
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 """Host names of this machine. Requests of a foreign web page have the host name of its own site."""
 MAX_BODY_BYTES = 16 << 20
 MAX_IN_FLIGHT = 64
-"""Number of requests that are being answered; further requests get 503."""
+"""Number of requests that the model in this process answers, or lets wait; further requests get 503."""
+MAX_ON_ENGINES = 1_024
+"""The same for engines, which order their requests themselves."""
 BODY_SECONDS = 30.0
 """Time for a client to send its rows."""
 ANSWER_SECONDS = 300.0
-"""Time after which a request is given up."""
+"""Time after which a request is given up, or a stream that has no further piece."""
 KEY_HEADER = "X-Deal-Key"
 CLOSE = {"Connection": "close"}
 BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 """Upper limits of the histogram of seconds."""
 
-Work = Callable[[Champion, bytes, Caller], HttpAnswer]
+Work = Callable[[Champion, bytes, Caller], Awaitable[HttpAnswer]]
 """The champion, the request's body and its client → the answer."""
 
 
@@ -64,8 +68,8 @@ def make_app(serving: Champion, trusted_hosts: Sequence[str] = LOOPBACK_NAMES, a
 
     `api_key` is the token that requests for answers and models must have; None: none.
     """
-    pool = ThreadPoolExecutor(MAX_IN_FLIGHT, thread_name_prefix="answer")
-    places = asyncio.Semaphore(MAX_IN_FLIGHT)
+    num_places = MAX_ON_ENGINES if serving.streams else MAX_IN_FLIGHT
+    places = asyncio.Semaphore(num_places)
     meter = Meter(serving)
 
     def answering(path: str, work: Work) -> Route:
@@ -73,11 +77,11 @@ def make_app(serving: Champion, trusted_hosts: Sequence[str] = LOOPBACK_NAMES, a
             with meter.measured(path) as labels:
                 _require_key(request, api_key)
                 _require_json(request)
-                _require_place(places)
+                _require_place(places, num_places)
                 body = await _read_body(request)  # without a place: a slow client takes none from others
-                _require_place(places)
+                _require_place(places, num_places)
                 async with places:
-                    await _answer(serving, pool, request, send, body, work, labels)
+                    await _answer(serving, request, send, body, work, labels)
 
         return Route(path, _Endpoint(answer), methods=["POST"])
 
@@ -90,7 +94,10 @@ def make_app(serving: Champion, trusted_hosts: Sequence[str] = LOOPBACK_NAMES, a
 
     async def models(request: Request) -> Response:
         _require_key(request, api_key)
-        return JSONResponse(list_models(serving.served, serving.version or ""))
+        return JSONResponse(list_models(serving.served, serving.version or "").model_dump())
+
+    async def description(_: Request) -> Response:
+        return JSONResponse(openapi())
 
     async def metrics(_: Request) -> Response:
         return meter.page()
@@ -120,6 +127,7 @@ def make_app(serving: Champion, trusted_hosts: Sequence[str] = LOOPBACK_NAMES, a
             answering("/v1/chat/completions", partial(complete, is_chat=True)),
             answering("/v1/completions", partial(complete, is_chat=False)),
             Route("/v1/models", models),
+            Route("/openapi.json", description),
             Route("/health", health),
             Route("/ping", health),
             Route("/version", version),
@@ -164,9 +172,9 @@ def _too_large() -> RefusalError:
     return RefusalError(413, f"The request is larger than {MAX_BODY_BYTES >> 20} MB; send fewer rows at once.", CLOSE)
 
 
-def _require_place(places: asyncio.Semaphore) -> None:
+def _require_place(places: asyncio.Semaphore, number: int) -> None:
     if places.locked():
-        message = f"{MAX_IN_FLIGHT} requests are being answered; ask again in a moment."
+        message = f"{number} requests are being answered; ask again in a moment."
         raise RefusalError(503, message, {**RETRY, **CLOSE})
 
 
@@ -195,95 +203,80 @@ class _Endpoint:
 
 
 async def _answer(
-    serving: Champion,
-    pool: ThreadPoolExecutor,
-    request: Request,
-    send: Send,
-    body: bytes,
-    work: Work,
-    labels: dict[str, str],
+    serving: Champion, request: Request, send: Send, body: bytes, work: Work, labels: dict[str, str]
 ) -> None:
-    """Answer in a thread, and send the answer, or its pieces as they come.
+    """Answer, and send the answer, or its pieces as they come. `labels` get the answer's status and version.
 
-    The work is given up when the client leaves or the time ends. `labels` get the answer's status and version.
+    The task that works is cancelled when the client leaves or the time ends. What an engine or the model does for it
+    then ends too.
     """
-    given_up, loop = threading.Event(), asyncio.get_running_loop()
-    pieces: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
-
-    def pass_on(version: str, text: str) -> None:
-        loop.call_soon_threadsafe(pieces.put_nowait, (version, text))
-
-    caller = Caller(given_up.is_set, request.headers.get(KEY_HEADER), pass_on)
-    working = loop.run_in_executor(pool, work, serving, body, caller)
-    gone = asyncio.ensure_future(request.receive())  # after the body only a disconnect can come
-    first = asyncio.ensure_future(pieces.get())
+    stream = _Stream(send, serving.lineage, labels)
+    working = asyncio.ensure_future(work(serving, body, Caller(request.headers.get(KEY_HEADER), stream.send)))
+    leaving = asyncio.ensure_future(request.receive())  # after the body only a disconnect can come
+    is_late = False
     try:
-        waited: list[asyncio.Future[Any]] = [working, gone, first]
-        await asyncio.wait(waited, timeout=ANSWER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        if first.done() or not pieces.empty():  # also if the last piece came at the same moment as the answer's end
-            await _send_pieces(await first, pieces, working, gone, serving.lineage, send, labels)
-        elif working.done():
-            answer = working.result()
-            labels |= {"status": str(answer.status), "version": answer.version}
-            headers = {"X-Deal-Version": answer.version, "X-Deal-Lineage": serving.lineage}
-            await Response(answer.body, answer.status, headers, answer.kind)(request.scope, request.receive, send)
-        elif gone.done():
-            raise ClientDisconnect
-        else:
-            raise RefusalError(503, f"No answer within {ANSWER_SECONDS:.0f} s; send fewer rows at once.", RETRY)
+        async with asyncio.timeout(ANSWER_SECONDS) as stream.limit:
+            await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+    except TimeoutError:
+        is_late = True
     finally:
-        given_up.set()
-        gone.cancel()
-        first.cancel()
-        if not working.done():
-            working.add_done_callback(lambda done: done.cancelled() or done.exception())  # the result is not needed
-
-
-async def _send_pieces(
-    first: tuple[str, str],
-    pieces: asyncio.Queue[tuple[str, str]],
-    working: asyncio.Future[HttpAnswer],
-    gone: asyncio.Future[Any],
-    lineage: str,
-    send: Send,
-    labels: dict[str, str],
-) -> None:
-    """Send the pieces of an answer as they come, and then the rest. An error that comes later is an event of its own.
-
-    Nothing more is sent once the client has gone.
-    """
-    version, text = first
-    labels |= {"status": "200", "version": version}
-    headers = {"X-Deal-Version": version, "X-Deal-Lineage": lineage}
-    raw_headers = StreamingResponse((), headers=headers, media_type="text/event-stream").raw_headers
-    await send({"type": "http.response.start", "status": 200, "headers": raw_headers})
-
-    async def send_part(text: str, *, more: bool = True) -> None:
-        await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
-
-    await send_part(text)
-    while not working.done() or not pieces.empty():
-        coming = asyncio.ensure_future(pieces.get())
-        waited: list[asyncio.Future[Any]] = [coming, working, gone]
-        await asyncio.wait(waited, timeout=ANSWER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        if coming.done():
-            await send_part(coming.result()[1])
-            continue
-        coming.cancel()
-        if gone.done():
-            labels["status"] = "400"
-            return
-        if not working.done():
-            break
+        leaving.cancel()
+        working.cancel()
+        await asyncio.wait((working,))  # what it holds is free then
     try:
-        if not working.done():
-            raise RefusalError(503, f"The answer had no further piece within {ANSWER_SECONDS:.0f} s.")
-        rest = working.result().body
+        if is_late and working.cancelled():
+            raise RefusalError(503, f"No answer within {ANSWER_SECONDS:.0f} s; send fewer rows at once.", RETRY)
+        if working.cancelled():
+            raise ClientDisconnect
+        answer = working.result()
     except RefusalError as refusal:
-        labels["status"] = str(refusal.status)
+        if not stream.has_begun:
+            raise
+        await stream.refuse(refusal)
+        return
+    except ClientDisconnect:
+        if not stream.has_begun:
+            raise
+        labels["status"] = "400"
+        return
+    if stream.has_begun:
+        await stream.end(answer.body)
+        return
+    labels |= {"status": str(answer.status), "version": answer.version}
+    headers = {"X-Deal-Version": answer.version, "X-Deal-Lineage": serving.lineage}
+    await Response(answer.body, answer.status, headers, answer.kind)(request.scope, request.receive, send)
+
+
+class _Stream:
+    """The server-sent events of an answer. The first one decides the status, so an error after it is one of them."""
+
+    limit: asyncio.Timeout
+    """When the answer is given up. Each event postpones it."""
+
+    def __init__(self, send: Send, lineage: str, labels: dict[str, str]) -> None:
+        self._send, self._lineage, self._labels = send, lineage, labels
+        self.has_begun = False
+
+    async def send(self, version: str, events: str) -> None:
+        """Send events of a version, once the client has taken those before."""
+        if not self.has_begun:
+            self.has_begun = True
+            self._labels |= {"status": "200", "version": version}
+            headers = {"X-Deal-Version": version, "X-Deal-Lineage": self._lineage}
+            raw_headers = StreamingResponse((), headers=headers, media_type="text/event-stream").raw_headers
+            await self._send({"type": "http.response.start", "status": 200, "headers": raw_headers})
+        await self._send({"type": "http.response.body", "body": events.encode(), "more_body": True})
+        self.limit.reschedule(asyncio.get_running_loop().time() + ANSWER_SECONDS)
+
+    async def end(self, events: str) -> None:
+        """Send the last events."""
+        await self._send({"type": "http.response.body", "body": events.encode(), "more_body": False})
+
+    async def refuse(self, refusal: RefusalError) -> None:
+        """End with an error."""
+        self._labels["status"] = str(refusal.status)
         error = {"message": str(refusal), "type": "server_error", "param": None, "code": refusal.code}
-        rest = f"data: {json.dumps({'error': error}, ensure_ascii=False)}\n\n"
-    await send_part(rest, more=False)
+        await self.end(f"data: {json.dumps({'error': error}, ensure_ascii=False)}\n\n")
 
 
 class Meter(Collector):
