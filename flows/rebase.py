@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from typing import Any
 
 from prefect import flow
@@ -117,7 +118,8 @@ async def rebase(
             worse = f"version {tip.version} is worse than version {old.version}. {' '.join(reasons)}"
             return stopped(branch, worse, **figures)
         if (champion := Versions(store).champion(lineage)) is not None and champion.version == old.version:
-            await _wait_for_engine(store, tip, clients)
+            async with AsyncExitStack() as stack:
+                await _wait_for_engine(store, tip, [await stack.enter_async_context(client) for client in clients])
         swap_in(store, branch, tip, who)
         if leave_base_open(store, lineage):
             reporter().said("base_model was removed from the lineage's file: its champion says it from now on.")

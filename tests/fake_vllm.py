@@ -31,6 +31,7 @@ from tests.loopback import free_port
 BASE = "base"
 RELEASE = "0.32.0"
 """What it says it is."""
+NOTHING = Path()
 WAIT_SECONDS = 60
 TOKEN = "token_id:"
 
@@ -43,7 +44,7 @@ class FakeVllm:
         self.adapters: dict[str, str] = {}
         """Adapters and their paths. A test clears them as a restart does."""
         self.calls: list[tuple[str, str]] = []
-        """("load", "unload" or "ask", model)."""
+        """("load", "unload", "ask" or "score", model)."""
         self.bodies: list[dict[str, Any]] = []
         """Bodies of completions."""
         self.failing: list[int] = []
@@ -60,6 +61,8 @@ class FakeVllm:
         """Number of tokens after which an answer ends, by the tokenizer's end token."""
         self.num_left = 0
         """Completions whose clients went away."""
+        self.applies: Path | None = None
+        """What it applies instead of each adapter that it loads: another adapter, or nothing (`NOTHING`)."""
         self._models: dict[str, Any] = {BASE: AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()}
         self._tokenizer = AutoTokenizer.from_pretrained(base)
         self._lock = threading.Lock()
@@ -125,7 +128,9 @@ class FakeVllm:
         if rank > self.max_lora_rank:
             return _error(500, f"LoRA rank {rank} is greater than max_lora_rank {self.max_lora_rank}.")
         await asyncio.sleep(self.slow_seconds)
-        self._models[name] = PeftModel.from_pretrained(copy.deepcopy(self._models[BASE]), path).eval()
+        base = copy.deepcopy(self._models[BASE])
+        nothing = self.applies == NOTHING
+        self._models[name] = base if nothing else PeftModel.from_pretrained(base, self.applies or path).eval()
         self.adapters[name] = path
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
@@ -141,7 +146,7 @@ class FakeVllm:
     async def _complete(self, request: Request) -> Response:
         body = await request.json()
         name = body["model"]
-        self.calls.append(("ask", name))
+        self.calls.append(("ask" if body.get("stream") else "score", name))
         self.bodies.append(body)
         if refused := self._refusal(request):
             return refused

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -13,10 +14,11 @@ from starlette.applications import Starlette
 
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
-from deal_core.evaluation.answerer import Answered, GivenUpError, Sampling
+from deal_core.evaluation.answerer import Answered, Sampling
 from deal_core.evaluation.answering import InputRow, ServedTask, ServedVersion
 from deal_core.evaluation.generation import Confidence
 from infra.serving import run
+from infra.serving.champion import Champion as LoadedChampion
 from infra.serving.prediction_log import PredictionLog
 from infra.serving.server import LOOPBACK_NAMES, make_app
 
@@ -51,10 +53,9 @@ class Champion:
     def state(self) -> dict[str, Any]:
         return {"lineage": self.lineage, "version": self.version, "champion": self.version, "problem": None}
 
-    def ask(
+    async def ask(
         self,
         rows: Sequence[InputRow],
-        is_given_up: Callable[[], bool],
         key: str | None = None,
         version: str | None = None,
         sampling: Sampling | None = None,
@@ -67,12 +68,14 @@ class Champion:
         with self._changed:
             self.num_inside += 1
             self._changed.notify_all()
-        while not self.may_answer.wait(0.01):
-            if is_given_up():
-                with self._changed:
-                    self.num_given_up += 1
-                    self._changed.notify_all()
-                raise GivenUpError("gone")
+        try:
+            while not self.may_answer.is_set():
+                await asyncio.sleep(0.01)
+        except asyncio.CancelledError:
+            with self._changed:
+                self.num_given_up += 1
+                self._changed.notify_all()
+            raise
         sure, is_cut = [Confidence(0.75, 0.5)] * len(rows), [row.input == "long" for row in rows]
         found = Answered([row.input.upper() for row in rows], self.served, self.version, sure, is_cut=is_cut)
         return found if self.log is None else self.log.note(rows, found, 0.25)
@@ -90,6 +93,43 @@ def running(champion: Champion, log: Path, *trusted: str, api_key: str | None = 
             yield port
         finally:
             champion.may_answer.set()
+
+
+@contextmanager
+def following(champion: LoadedChampion, log: Path) -> Iterator[tuple[int, asyncio.AbstractEventLoop]]:
+    """A champion that is loaded and followed as in `deal serve`, in a thread: its loopback port, and its event loop."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server, ended, begun = run.make_server(make_app(champion), champion.drain), threading.Event(), threading.Event()
+    follower, loops, errors = run.Follower(champion, ended), list[asyncio.AbstractEventLoop](), list[Exception]()
+
+    def announce() -> None:
+        loops.append(asyncio.get_running_loop())
+        begun.set()
+
+    def serve() -> None:
+        try:
+            with run._logged_to(log):
+                asyncio.run(run.answer(champion, follower, server, listener, announce))
+        except Exception as error:
+            errors.append(error)
+        finally:
+            begun.set()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        begun.wait()
+        if errors:
+            raise errors[0]
+        yield listener.getsockname()[1], loops[0]
+    finally:
+        ended.set()
+        champion.stop()
+        server.should_exit = True
+        thread.join(WAIT_SECONDS)
+        follower.join(WAIT_SECONDS)
+        listener.close()
+        assert not thread.is_alive() and not follower.is_alive()
 
 
 @contextmanager

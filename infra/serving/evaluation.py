@@ -61,7 +61,7 @@ class EvaluationEngine:
             if adapter is None:
                 yield self._answers_of(self._base_name, portal, client)
                 return
-            # A name never stands for two adapters, and two evaluations of one adapter must not unload it for each other.
+            # A name never stands for two adapters. Two evaluations of one adapter must not unload it for each other.
             settings, name = EngineSettings(), f"evaluate-{adapter_digest(adapter)}-{uuid.uuid4().hex[:8]}"
             folder = adapter_folder(settings) / name
             copy_adapter(adapter, folder)

@@ -98,7 +98,8 @@ def serve(
     _allow_files(NUM_FILES)
     with listener, _logged_to(home / "logs" / f"serve-{lineage}.log"), suppress(KeyboardInterrupt):
         try:
-            asyncio.run(answer(champion, follower, make_app(champion, trusted, api_key), listener, announce))
+            server = make_server(make_app(champion, trusted, api_key), champion.drain)
+            asyncio.run(answer(champion, follower, server, listener, announce))
         finally:
             ended.set()
             champion.stop()
@@ -145,13 +146,17 @@ class Follower(threading.Thread):
 
 
 async def answer(
-    champion: Champion, follower: Follower, app: ASGIApp, listener: socket.socket, announce: Callable[[], None]
+    champion: Champion,
+    follower: Follower,
+    server: uvicorn.Server,
+    listener: socket.socket,
+    announce: Callable[[], None],
 ) -> None:
     """Load the champion, announce it, and answer until the server is told to end."""
     async with champion:
         await follower.begin()
         announce()
-        await make_server(app, champion.drain).serve([listener])
+        await server.serve([listener])
 
 
 def _allow_files(number: int) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import httpx
 import pytest
@@ -20,16 +22,17 @@ import torch
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from benchmarks.speed.serving import served as deal_serve
-from deal_core.adapter.files import PEFT_FILES, WEIGHTS_FILE, digests_of
+from deal_core.adapter.files import PEFT_FILES, PROOF_FILE, WEIGHTS_FILE, digests_of
 from deal_core.base_model.load import load_base
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.evaluation.answerer import Answered, load_answerer
 from deal_core.evaluation.answering import SERVED_FILE, InputRow, ServedTask, ServedVersion
+from deal_core.evaluation.proof import Proof, make_proof
 from deal_core.judging_config import RolloutKind, RolloutTerms
 from infra.predictions import read_predictions
 from infra.serving import champion as champions
@@ -38,13 +41,12 @@ from infra.serving import prediction_log
 from infra.serving.champion import Champion, ServingError
 from infra.serving.engines import Engines, NoEngineError
 from infra.serving.prediction_log import PredictionLog
-from infra.serving.server import make_app
 from infra.serving.version_files import SERVED_FILES
 from infra.settings import EngineSettings
 from infra.store.format import write_format
 from tasks.context import current_store
-from tests.fake_vllm import WAIT_SECONDS, FakeVllm, running
-from tests.served import listening
+from tests.fake_vllm import NOTHING, WAIT_SECONDS, FakeVllm, running
+from tests.served import following
 from tests.stored_versions import move, store_version
 
 TASKS = (
@@ -100,6 +102,9 @@ def folders(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_base), config)
         model.save_pretrained(root / str(number))
         (root / str(number) / SERVED_FILE).write_text(json.dumps(served.to_json()))
+        proof = make_proof(cast(PeftModel, model), base.tokenizer, served.tasks)
+        assert proof is not None
+        (root / str(number) / PROOF_FILE).write_text(json.dumps(proof.to_json()))
     return {str(number): root / str(number) for number in range(1, 5)}
 
 
@@ -124,7 +129,7 @@ def register(folders: dict[str, Path]) -> Callable[..., None]:
     def make(kind: RolloutKind | None = None) -> None:
         write_format(current_store())
         for number, folder in folders.items():
-            files = {name: (folder / name).read_bytes() for name in SERVED_FILES}
+            files = {name: (folder / name).read_bytes() for name in (*SERVED_FILES, PROOF_FILE)}
             terms = RolloutTerms(kind, 1.0, 200, 10.0, 0.95) if kind and number == "2" else None
             parent = "1" if number == "2" else None
             store_version(current_store(), files, uri=f"adapters/l/run-{number}", parent_version=parent, rollout=terms)
@@ -149,6 +154,11 @@ class Front(NamedTuple):
     champion: Champion
     engines: Engines
     said: list[str]
+    loop: asyncio.AbstractEventLoop
+
+    def answer(self, rows: Sequence[InputRow]) -> Answered:
+        """Ask without HTTP."""
+        return asyncio.run_coroutine_threadsafe(self.champion.ask(rows), self.loop).result(WAIT_SECONDS)
 
     def ask(self, **changes: Any) -> httpx.Response:
         """Ask for a note, or something else."""
@@ -174,20 +184,12 @@ def front(*engines: FakeVllm, said: list[str] | None = None, **settings: Any) ->
     log = PredictionLog(store, "l", keeps_texts=True, retention_days=30)
     known = EngineSettings(**{"grace_seconds": GRACE_SECONDS, **settings})
     on_engines = Engines(store, "l", [each.url for each in engines], known, said.append)
-    champion, stopped = Champion(store, "l", said.append, log, on_engines), threading.Event()
-    follower = threading.Thread(target=champion.follow, args=(stopped,))
+    champion = Champion(store, "l", said.append, log, on_engines)
+    log.start()
     try:
-        champion.begin()
-        follower.start()
-        log.start()
-        with listening(make_app(champion), Path(store.uri.removeprefix("file://")).parent / "serve.log") as port:
-            yield Front(f"http://127.0.0.1:{port}", champion, on_engines, said)
+        with following(champion, Path(store.uri.removeprefix("file://")).parent / "serve.log") as (port, loop):
+            yield Front(f"http://127.0.0.1:{port}", champion, on_engines, said, loop)
     finally:
-        stopped.set()
-        champion.stop()
-        for thread in (follower, *on_engines._threads):
-            if thread.is_alive():
-                thread.join(WAIT_SECONDS)
         log.close()
 
 
@@ -223,7 +225,7 @@ def test_answers_and_confidences_are_those_of_the_embedded_model(engine: FakeVll
         move(current_store(), number)
     wanted = alone(number)
     with front(engine) as found:
-        answered = found.champion.ask(ROWS, lambda: False)
+        answered = found.answer(ROWS)
         rows = [{"input": row.input, "task": row.task} for row in ROWS]
         table = httpx.post(f"{found.url}/invocations", json={"dataframe_records": rows}, timeout=WAIT_SECONDS)
     assert (answered.answers, answered.version, answered.is_cut) == (wanted.answers, number, wanted.is_cut)
@@ -267,7 +269,7 @@ def test_settings_of_a_request_reach_the_engine(engine: FakeVllm, alone: Alone) 
         assert {len(top) for top in by_label["top_logprobs"]} == {1}
         wait_for(lambda: len(logged()) == 8)
         engine.end_after = 3
-        ended = found.champion.ask(ROWS[1:2], lambda: False)
+        ended = found.answer(ROWS[1:2])
         assert (ended.is_cut, ended.usage["completion_tokens"]) == ([False], 4) and whole.startswith(ended.answers[0])
         scored = found.ask(logprobs=0).json()["choices"][0]["logprobs"]
         values = scored["token_logprobs"]
@@ -620,10 +622,14 @@ def test_the_token_and_the_authorities_are_settings(
         assert "key-1" not in str(caught.value)
         with pytest.raises(ConfigError, match=r"DEAL_ENGINE_CA_FILE.*give a PEM file"):
             Engines(current_store(), "l", [engine.url], EngineSettings(ca_file=tmp_path / "key.pem"), print)
-        distrusting = Engines(current_store(), "l", [engine.url], EngineSettings(api_key="key-1"), print)
+
+        async def swap_with_distrust() -> None:
+            settings = EngineSettings(api_key="key-1")
+            async with Engines(current_store(), "l", [engine.url], settings, print) as distrusting:
+                await asyncio.to_thread(distrusting.swap, folders["1"], "1")
+
         with pytest.raises(NoEngineError, match="CERTIFICATE_VERIFY_FAILED"):
-            distrusting.swap(folders["1"], "1")
-        distrusting.stop()
+            asyncio.run(swap_with_distrust())
     finally:
         engine.stop()
 
@@ -701,3 +707,75 @@ def test_the_engine_reads_copies_in_the_shared_folder_under_its_own_path(engine:
         ((name, path),) = engine.adapters.items()
         assert path == f"{seen}/{name}"
         assert sorted(file.name for file in (shared / name).iterdir()) == sorted(PEFT_FILES)
+
+
+def test_an_engine_that_does_not_apply_an_adapter_answers_nothing(
+    engine: FakeVllm, alone: Alone, folders: dict[str, Path]
+) -> None:
+    """It ignores adapters, or has another one under the name. What serves before goes on."""
+    with front(engine) as found:
+        for applied, code in ((NOTHING, "ignores the adapter"), (folders["3"], "applies something else")):
+            engine.applies = applied
+            move(current_store(), "2")
+            wait_for(lambda code=code: code in str(found.state()["problem"]))
+            assert found.ask().json()["choices"][0]["text"] == alone("1").answers[1]
+            assert not any(call == "ask" and name.startswith("l-v2") for call, name in engine.calls)
+            move(current_store(), "1", "rolled back")
+            wait_for(lambda: found.state()["problem"] is None)
+            wait_for(lambda: list(engine.adapters) == [found.name()])  # the refused one is unloaded
+        engine.applies = None
+        move(current_store(), "2")
+        wait_for(lambda: found.state()["version"] == "2")
+        assert found.ask().json()["choices"][0]["text"] == alone("2").answers[1]
+
+
+def test_the_proof_is_asked_again_after_an_engine_was_away(engine: FakeVllm, alone: Alone) -> None:
+    with front(engine) as found:
+        engine.stop()
+        wait_for(lambda: found.state()["engines"][0]["problem"])
+        engine.applies = NOTHING
+        engine.start()
+        wait_for(lambda: "ignores the adapter" in str(found.state()["engines"][0]["problem"]))
+        assert found.ask().status_code == 503
+        engine.stop()
+        engine.applies = None
+        engine.start()
+        wait_for(lambda: found.ask().is_success)
+        assert found.ask().json()["choices"][0]["text"] == alone("1").answers[1]
+
+
+def test_a_version_without_a_proof_is_served_and_so_is_one_that_changes_too_little(
+    engine: FakeVllm, folders: dict[str, Path], alone: Alone
+) -> None:
+    files = {name: (folders["3"] / name).read_bytes() for name in SERVED_FILES}
+    without = store_version(current_store(), files).version
+    proof = Proof.from_json(json.loads((folders["3"] / PROOF_FILE).read_text()))
+    small = replace(proof, adapter=tuple(value + 1e-3 for value in proof.base))
+    files[PROOF_FILE] = json.dumps(small.to_json()).encode()
+    little = store_version(current_store(), files).version
+    with front(engine) as found:
+        for number, sentence in ((without, "stored without a proof"), (little, "too little to prove")):
+            move(current_store(), number)
+            wait_for(lambda number=number: found.state()["version"] == number)
+            assert found.ask().json()["choices"][0]["text"] == alone("3").answers[1]
+            assert sum(sentence in text for text in found.said) == 1
+
+
+def test_two_fronts_share_an_engine_and_unload_nothing_that_the_other_one_uses(engine: FakeVllm, alone: Alone) -> None:
+    with front(engine) as one, front(engine) as other:
+        first = other.name()
+        engine.pace[first] = threading.Event()
+        with streaming(other) as (_, events):
+            text = next(events)["choices"][0]["text"]
+            move(current_store(), "2")
+            wait_for(lambda: [found.champion.version for found in (one, other)] == ["2", "2"])
+            moved = time.monotonic()
+            wait_for(lambda: time.monotonic() > moved + 4 * GRACE_SECONDS)
+            assert ("unload", first) not in engine.calls and first in engine.adapters, "the other front uses it"
+            for found in (one, other):
+                assert found.ask().json()["choices"][0]["text"] == alone("2").answers[1]
+            engine.pace[first].set()
+            text += "".join(choice["text"] for event in events for choice in event["choices"])
+        assert text.strip() == alone("1").answers[1]
+        wait_for(lambda: list(engine.adapters) == [one.name()])
+        assert one.name() == other.name()

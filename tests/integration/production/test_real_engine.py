@@ -36,8 +36,10 @@ TEXTS = texts_to_ask()[:12]
 TRAIN = {"max_steps": 4, "learning_rate": 0.02, "max_prompt_tokens": 192, "max_answer_tokens": 12}
 STORY = {
     "name": "story",
-    "data": [{"prompt": f"Tell of the number {n}", "completion": f"It was {n}, and then {n + 1}."} for n in range(40)],
+    "data": [{"prompt": f"Tell of the number {n}", "completion": "It was small, and then it grew."} for n in range(40)],
 }
+"""One sentence answers all, so that no step of the greedy answer is a close decision."""
+STORY_STEPS = 60
 
 pytestmark = [needs_engine, pytest.mark.nightly(minutes=1.5)]
 
@@ -66,7 +68,7 @@ def home(serving_home: Path, base: Path, engine: RealEngine) -> Path:
     rows = serving_home / "story.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in STORY["data"]))
     assert run(base, BANK, train=TRAIN).version == "1"
-    assert run(base, {**STORY, "data": str(rows)}, train={**TRAIN, "max_steps": 8}).version == "2"
+    assert run(base, {**STORY, "data": str(rows)}, train={**TRAIN, "max_steps": STORY_STEPS}).version == "2"
     return serving_home
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,9 +128,10 @@ class HeldModel:
 
 def wait_until_waiting(answerer: Answerer, number: int) -> None:
     """Wait for so many callers whose first prompts are prepared."""
-    with answerer._changed:
-        while len(answerer._waiting) < number:
-            answerer._changed.wait(0.01)
+    deadline = time.monotonic() + WAIT_SECONDS
+    while len(answerer._waiting) < number:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_callers_that_come_together_are_answered_in_one_batch(
@@ -267,7 +269,7 @@ def test_a_swap_waits_for_no_batch_and_what_was_computed_is_answered_by_the_new_
         asking.append(pool.submit(answerer.ask, [InputRow(TEXTS[0])]))
         wait_until_waiting(answerer, 2)
         swapping = pool.submit(answerer.swap, folder, "2")
-        while not answerer._num_swaps:
+        while not answerer._changes:
             assert not swapping.done()
         held.may_go_on.set()
         swapping.result(WAIT_SECONDS)
@@ -279,26 +281,45 @@ def test_a_swap_waits_for_no_batch_and_what_was_computed_is_answered_by_the_new_
 def test_what_nobody_waits_for_is_not_computed_and_a_stop_ends_the_rest(
     answerer: Answerer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held, has_gone = HeldModel(monkeypatch), threading.Event()
-    with ThreadPoolExecutor(3) as pool:
-        first = pool.submit(answerer.answer, [InputRow(TEXTS[0])])
-        assert held.is_inside.wait(WAIT_SECONDS)
-        gone = pool.submit(answerer.ask, [InputRow(TEXTS[1])], has_gone.is_set)
-        wait_until_waiting(answerer, 2)
-        has_gone.set()
-        held.may_go_on.set()
-        with pytest.raises(GivenUpError):
-            gone.result(WAIT_SECONDS)
-        first.result(WAIT_SECONDS)
-        assert len(held.batches) == 1
-        held.may_go_on.clear()
-        held.is_inside.clear()
-        last = pool.submit(answerer.answer, [InputRow(TEXTS[0])])
-        assert held.is_inside.wait(WAIT_SECONDS)
-        answerer.stop()
-        held.may_go_on.set()
-        with pytest.raises(GivenUpError, match="stopping"):
-            last.result(WAIT_SECONDS)
+    held = HeldModel(monkeypatch)
+    first = answerer.submit([InputRow(TEXTS[0])])
+    assert held.is_inside.wait(WAIT_SECONDS)
+    gone = answerer.submit([InputRow(TEXTS[1])])
+    wait_until_waiting(answerer, 2)
+    assert gone.cancel()
+    held.may_go_on.set()
+    first.result(WAIT_SECONDS)
+    assert len(held.batches) == 1
+    held.may_go_on.clear()
+    held.is_inside.clear()
+    last = answerer.submit([InputRow(TEXTS[0])])
+    assert held.is_inside.wait(WAIT_SECONDS)
+    answerer.stop()
+    held.may_go_on.set()
+    with pytest.raises(GivenUpError, match="stopping"):
+        last.result(WAIT_SECONDS)
+
+
+def test_a_batch_whose_callers_have_all_gone_ends_before_the_next_layer(
+    answerer: Answerer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = HeldModel(monkeypatch)
+    asked = [answerer.submit([InputRow(text)]) for text in TEXTS[:2]]
+    assert held.is_inside.wait(WAIT_SECONDS)
+    wait_until_waiting(answerer, 2)
+    layers: list[int] = []
+    for module in answerer._model.modules():
+        if isinstance(module, torch.nn.ModuleList):
+            for layer in module:
+                layer.register_forward_hook(lambda *_: layers.append(1))
+    assert all(result.cancel() for result in asked)
+    held.may_go_on.set()
+    deadline = time.monotonic() + WAIT_SECONDS
+    while answerer._waiting:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert layers == []
+    assert answerer.answer([InputRow(TEXTS[0])]), "the next caller is answered"
 
 
 class HeldPrompt:
@@ -335,14 +356,14 @@ def test_between_two_prompts_it_is_looked_whether_they_are_still_wanted(
     answerer: Answerer, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
     """The client has left, or the server ends. The model answers nothing of it."""
-    prompts, model, has_gone = HeldPrompt(monkeypatch), HeldModel(monkeypatch), threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(answerer.ask, [InputRow("a long text")] * 5, has_gone.is_set)
-        assert prompts.is_inside.wait(WAIT_SECONDS)
-        {"gone": has_gone.set, "drain": answerer.drain, "stop": answerer.stop}[end]()
-        prompts.may_go_on.set()
-        with pytest.raises(GivenUpError):
-            asked.result(WAIT_SECONDS)
+    prompts, model = HeldPrompt(monkeypatch), HeldModel(monkeypatch)
+    asked = answerer.submit([InputRow("a long text")] * 5)
+    assert prompts.is_inside.wait(WAIT_SECONDS)
+    {"gone": asked.cancel, "drain": answerer.drain, "stop": answerer.stop}[end]()
+    prompts.may_go_on.set()
+    with pytest.raises(CancelledError if end == "gone" else GivenUpError):
+        asked.result(WAIT_SECONDS)
+    answerer._preparing.shutdown()
     assert (prompts.num_prepared, model.batches, answerer._waiting) == (1, [], [])
 
 
@@ -400,13 +421,13 @@ def test_a_candidate_answers_next_to_the_version_and_changes_none_of_its_answers
 ) -> None:
     rows = [InputRow(text) for text in TEXTS]
     with pytest.raises(GivenUpError):
-        answerer.ask(rows, by_candidate=True)
+        answerer.submit(rows, by_candidate=True).result()
     folder, other = new_version(adapter=AdapterConfig(rank=2)), new_version()
     first, second, third = (answers_alone(each, tmp_path) for each in (served_folder, folder, other))
     assert len({*map(tuple, (first, second, third))}) == 3
 
     def both() -> list[tuple[list[str], str]]:
-        found = [answerer.ask(rows, by_candidate=each) for each in (False, True)]
+        found = [answerer.submit(rows, by_candidate=each).result() for each in (False, True)]
         return [(each.answers, each.version) for each in found]
 
     answerer.add_candidate(folder, "2")
@@ -420,7 +441,7 @@ def test_a_candidate_answers_next_to_the_version_and_changes_none_of_its_answers
         answerer.add_candidate(served_folder, "5")
     answerer.drop_candidate()
     with pytest.raises(GivenUpError):
-        answerer.ask(rows, by_candidate=True)
+        answerer.submit(rows, by_candidate=True).result()
     assert answerer.ask(rows).answers == third and len(answerer._model.peft_config) == 1
     assert not any(each.requires_grad for each in answerer._model.parameters())
 
@@ -433,7 +454,7 @@ def test_rows_in_the_background_give_way_to_all_others(
     answerer.add_candidate(folder, "2")
     held = HeldModel(monkeypatch)
     with ThreadPoolExecutor(3) as pool:
-        copy = pool.submit(answerer.ask, [InputRow(text) for text in TEXTS], by_candidate=True, in_background=True)
+        copy = answerer.submit([InputRow(text) for text in TEXTS], by_candidate=True, in_background=True)
         assert held.is_inside.wait(WAIT_SECONDS)
         asked = pool.submit(answerer.ask, [InputRow(TEXTS[0])])
         wait_until_waiting(answerer, 2)

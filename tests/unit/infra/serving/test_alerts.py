@@ -1,8 +1,10 @@
-"""docs/operate.md shows alert rules for Prometheus. They name metrics that `deal serve` has."""
+"""The alert rules of docs/operate.md and the dashboard for Grafana name metrics that `deal serve` has."""
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,7 +13,9 @@ import yaml
 
 from infra.serving.server import Meter
 
-PAGE = (Path(__file__).parents[4] / "docs" / "operate.md").read_text()
+ROOT = Path(__file__).parents[4]
+PAGE = (ROOT / "docs" / "operate.md").read_text()
+DASHBOARD = ROOT / "infra" / "grafana" / "deal-serve.json"
 
 
 def shown_rules() -> list[dict[str, Any]]:
@@ -35,12 +39,34 @@ def metrics_and_labels() -> dict[str, set[str]]:
     return told
 
 
+def require_names(expressions: Sequence[str]) -> set[str]:
+    """The metrics of expressions, all of which the server has, with the labels that the expressions name."""
+    told = metrics_and_labels()
+    named = {name for expression in expressions for name in re.findall(r"\bdeal_\w+", expression)}
+    assert named <= told.keys()
+    for expression in expressions:
+        for name, labels in re.findall(r"(deal_\w+)\{(.*?)\}", expression):
+            assert set(re.findall(r"(\w+)[=!]", labels)) <= told[name]
+    return named
+
+
 def test_every_rule_names_metrics_and_labels_of_the_server() -> None:
-    rules, told = shown_rules(), metrics_and_labels()
+    rules = shown_rules()
     assert len({rule["alert"] for rule in rules}) == len(rules) >= 4
-    named = [name for rule in rules for name in re.findall(r"\bdeal_\w+", rule["expr"])]
-    assert {"deal_serving_problem", "deal_requests_total", "deal_engine_up"} <= set(named) <= told.keys()
-    for name, labels in (
-        (name, labels) for rule in rules for name, labels in re.findall(r"(deal_\w+)\{(.*?)\}", rule["expr"])
-    ):
-        assert set(re.findall(r"(\w+)[=!]", labels)) <= told[name]
+    named = require_names([rule["expr"] for rule in rules])
+    assert {"deal_serving_problem", "deal_requests_total", "deal_engine_up"} <= named
+
+
+def test_every_panel_of_the_dashboard_names_metrics_and_labels_of_the_server() -> None:
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    assert len({panel["id"] for panel in panels}) == len({panel["title"] for panel in panels}) == len(panels)
+    targets = [target for panel in panels for target in panel["targets"]]
+    named = require_names([target["expr"] for target in targets])
+    told = metrics_and_labels()
+    shown = {name.removesuffix("_created") for name in told if not name.endswith("_created")}
+    assert shown - named <= {"deal_request_seconds_count", "deal_request_seconds_sum"}, "the dashboard lacks a metric"
+    labels = {"instance"} | set().union(*(told[name] for name in named))
+    for target in targets:
+        assert {*re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])} <= labels
+        for grouped in re.findall(r"by \((.*?)\)", target["expr"]):
+            assert {*grouped.split(", ")} <= labels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Iterator
@@ -418,7 +419,7 @@ def test_nothing_answers_while_no_version_is_champion(store: Store, following: F
     move(store, "1", "stopped", champion=None)
     following.wait_for("No version is champion")
     with pytest.raises(GivenUpError, match="No version of 'l' serves"):
-        following.champion.ask([InputRow("a text", "t")], lambda: False)
+        asyncio.run(following.champion.ask([InputRow("a text", "t")]))
     move(store, "1")
     following.looks(3)
     assert following.champion.state()["champion"] == "1" and following.champion.state()["problem"] is None

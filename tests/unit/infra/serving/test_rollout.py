@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -21,7 +22,8 @@ from infra.predictions import read_predictions
 from infra.serving import prediction_log
 from infra.serving import rollout as serving
 from infra.serving.champion import Champion
-from infra.serving.formats import Caller, HttpAnswer, RefusalError, complete
+from infra.serving.formats import Caller, HttpAnswer, RefusalError
+from infra.serving.openai_api import complete
 from infra.serving.prediction_log import PredictionLog
 from infra.serving.rollout import Rollout, Trial, with_tasks
 from infra.serving.version_files import SERVED_FILES
@@ -32,6 +34,7 @@ from tests.served import Champion as Served
 from tests.stored_versions import store_version
 
 ROWS = [InputRow("a", "bank")]
+_Result = TypeVar("_Result")
 
 
 class Answerer:
@@ -59,10 +62,9 @@ class Answerer:
 
     def stop(self) -> None: ...
 
-    def ask(
+    async def reply(
         self,
         rows: Sequence[InputRow],
-        is_given_up: Callable[[], bool],
         *,
         by_candidate: bool = False,
         in_background: bool = False,
@@ -71,8 +73,8 @@ class Answerer:
         assert by_candidate or not in_background
         if by_candidate and self.candidate is None:
             raise GivenUpError("gone")
-        if in_background:
-            assert self.may_answer.wait(WAIT_SECONDS)
+        while in_background and not self.may_answer.is_set():
+            await asyncio.sleep(0.01)
         answers = [*map(self.answer if by_candidate else self.answer_of_champion, [row.input for row in rows])]
         version = str(self.candidate) if by_candidate else self.version
         return Answered(answers, self.served, version, [Confidence(0.5, 0.5)] * len(rows))
@@ -91,17 +93,36 @@ class Server:
 
     def __init__(self, store: FileStore, log: PredictionLog | None, candidate: Version) -> None:
         self.candidate: Version | None = candidate
-        self.answerer, self.said = Answerer(), list[str]()
+        self.answerer, self.said, self.loop = Answerer(), list[str](), asyncio.new_event_loop()
         self.champion = Champion(store, "l", self.said.append, log)
         self.champion._answerer = self.answerer  # type: ignore[assignment]
         self.rollout = Rollout(store, self.answerer, log, self.said.append)  # type: ignore[arg-type]
         self.champion.rollout = self.rollout
 
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Run the event loop in a thread."""
+        thread = threading.Thread(target=self.loop.run_forever)
+        thread.start()
+        try:
+            yield
+        finally:
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            thread.join(WAIT_SECONDS)
+            self.loop.close()
+
     def keep_up(self) -> None:
         self.rollout.keep_up(self.candidate, "1")
 
+    async def copies_end(self) -> None:
+        await asyncio.gather(*self.rollout._copies)
+
     def ask(self, rows: Sequence[InputRow] = ROWS, key: str | None = None, version: str | None = None) -> Answered:
-        return self.champion.ask(rows, lambda: False, key, version)
+        return self.run(self.champion.ask(rows, key, version))
+
+    def run(self, asking: Coroutine[Any, Any, _Result]) -> _Result:
+        """Let the event loop of the server do something."""
+        return asyncio.run_coroutine_threadsafe(asking, self.loop).result(WAIT_SECONDS)
 
 
 @pytest.fixture
@@ -117,10 +138,11 @@ def logged(store: FileStore, candidate: Version) -> Iterator[Server]:
     log.start()
     server = Server(store, log, candidate)
     try:
-        yield server
+        with server.running():
+            yield server
+            server.champion.stop()
+            server.run(server.copies_end())
     finally:
-        server.champion.stop()
-        server.rollout._shadow.shutdown()
         log.close()
 
 
@@ -215,7 +237,8 @@ def test_a_shadow_that_refuses_what_the_champion_has_answered_has_failed(store: 
 def complete_with(server: Server, model: str) -> HttpAnswer:
     """POST /v1/completions, without HTTP."""
     body = json.dumps({"model": model, "prompt": "a"}).encode()
-    return complete(server.champion, body, Caller(lambda: False), is_chat=False)  # type: ignore[arg-type]
+    caller = Caller(None, lambda version, events: asyncio.sleep(0))
+    return server.run(complete(server.champion, body, caller, is_chat=False))
 
 
 def test_no_other_version_answers_for_the_canary_that_a_request_names(store: FileStore) -> None:
@@ -278,7 +301,8 @@ def test_a_version_is_tried_only_where_it_may_be_and_can_be_judged(store: FileSt
     unlogged = Server(store, None, candidate)
     unlogged.keep_up()
     unlogged.keep_up()
-    assert unlogged.answerer.candidate is None and unlogged.ask().version == "1"
+    with unlogged.running():
+        assert unlogged.answerer.candidate is None and unlogged.ask().version == "1"
     assert unlogged.said == ["Version 2 is not tried: its rollout needs DEAL_LOG_PREDICTIONS."]
     for changes in ({"rollout": None}, {"parent_version": "0"}):
         with logged(store, candidate.model_copy(update=changes)) as server:

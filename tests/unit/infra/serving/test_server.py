@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from starlette.requests import Request
 
 from deal_core.errors import ConfigError
 from infra.serving import run, server
-from infra.serving.formats import Caller, HttpAnswer
 from infra.serving.run import API_KEY, _api_key
 from infra.store.local import FileStore
 from tests.served import WAIT_SECONDS, Champion, running
@@ -399,32 +395,3 @@ def test_an_empty_token_is_refused_and_an_open_door_is_named(monkeypatch: pytest
     assert _api_key("0.0.0.0", said.append) == "token" and len(said) == 1
     monkeypatch.setenv(API_KEY, "token\n")  # as a secret that was made from a file
     assert _api_key("0.0.0.0", said.append) == "token"
-
-
-def test_pieces_that_come_with_the_end_of_an_answer_are_sent(champion: Champion) -> None:
-    """The loop is held up until the whole answer is there."""
-    may_begin, sent = threading.Event(), list[Any]()
-
-    def work(_: Any, body: bytes, caller: Caller) -> HttpAnswer:
-        assert may_begin.wait(WAIT_SECONDS)
-        caller.send("3", "a piece, ")
-        return HttpAnswer("the end", "3", "text/event-stream")
-
-    async def receive() -> Any:
-        await asyncio.Event().wait()
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    def hold_up() -> None:
-        may_begin.set()
-        time.sleep(0.2)
-
-    async def answer() -> None:
-        asyncio.get_running_loop().call_later(0.05, hold_up)
-        request = Request({"type": "http", "method": "POST", "headers": []}, receive, send)
-        await server._answer(champion, pool, request, send, b"", work, {})  # type: ignore[arg-type]
-
-    with ThreadPoolExecutor(1) as pool:
-        asyncio.run(answer())
-    assert b"".join(message.get("body", b"") for message in sent) == b"a piece, the end"

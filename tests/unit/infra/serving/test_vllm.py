@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
@@ -17,6 +18,32 @@ from tests.loopback import Loopback
 
 MODELS = {"data": [{"id": "base", "root": "/base", "parent": None}, {"id": "a", "root": "/a", "parent": "base"}]}
 ASKED = {"model": "a", "prompt": [[1, 2]]}
+
+
+def call(address: str, method: str, *args: Any, max_attempts: int = 1) -> Any:
+    """Call a method of a client."""
+
+    async def run() -> Any:
+        async with EngineClient(address, EngineSettings(), max_attempts=max_attempts) as client:
+            return await getattr(client, method)(*args)
+
+    return asyncio.run(run())
+
+
+def pieces_of(address: str) -> list[Any]:
+    """Complete ASKED. The last one may be an error."""
+
+    async def run() -> list[Any]:
+        pieces: list[Any] = []
+        async with EngineClient(address, EngineSettings()) as client:
+            try:
+                async for piece in client.complete(ASKED):
+                    pieces.append(piece)  # noqa: PERF401  # those before an error count
+            except EngineError as error:
+                pieces.append(error)
+        return pieces
+
+    return asyncio.run(run())
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -58,7 +85,7 @@ def stream(*events: object) -> str:
 
 def test_models_are_told_from_adapters_under_every_spelling_of_the_address(server: str) -> None:
     for address in (server, f"{server}/", f"{server}/v1"):
-        assert EngineClient(address, EngineSettings()).models() == {"base": ("/base", False), "a": ("/a", True)}
+        assert call(address, "models") == {"base": ("/base", False), "a": ("/a", True)}
 
 
 @pytest.mark.parametrize(
@@ -74,37 +101,35 @@ def test_models_are_told_from_adapters_under_every_spelling_of_the_address(serve
 def test_a_refusal_is_said_with_its_reason(server: str, status: int, body: str, message: str) -> None:
     Handler.answers["/v1/load_lora_adapter"] = [(status, body)]
     with pytest.raises(EngineError, match=message) as caught:
-        EngineClient(server, EngineSettings()).load("b", "/b")
+        call(server, "load", "b", "/b")
     assert caught.value.status == status and not isinstance(caught.value, EngineAwayError)
 
 
 def test_what_is_done_already_is_no_refusal(server: str) -> None:
-    client = EngineClient(server, EngineSettings())
     Handler.answers["/v1/load_lora_adapter"] = [(400, refusal("has already been loaded"))]
-    client.load("a", "/a")
+    call(server, "load", "a", "/a")
     with pytest.raises(EngineError, match="already been loaded"):
-        client.load("a", "/another/path")
+        call(server, "load", "a", "/another/path")
     Handler.answers["/v1/unload_lora_adapter"] = [(404, refusal("cannot be found"))]
-    client.unload("b")
+    call(server, "unload", "b")
     with pytest.raises(EngineError, match="cannot be found"):
-        client.unload("a")
+        call(server, "unload", "a")
 
 
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
 def test_a_server_that_is_busy_or_away_is_told_apart_and_tried_again(server: str, status: int) -> None:
     Handler.answers["/v1/models"] = [(status, ""), (status, ""), (200, json.dumps(MODELS))]
     with pytest.raises(EngineAwayError) as caught:
-        EngineClient(server, EngineSettings()).models()
+        call(server, "models")
     assert caught.value.status == status
-    assert EngineClient(server, EngineSettings(), max_attempts=2).models()
+    assert call(server, "models", max_attempts=2)
     Handler.answers["/v1/completions"] = [(status, "")]
-    with pytest.raises(EngineAwayError):
-        next(EngineClient(server, EngineSettings()).complete(ASKED))
+    assert [type(piece) for piece in pieces_of(server)] == [EngineAwayError]
 
 
 def test_a_server_that_does_not_answer_has_no_status() -> None:
     with pytest.raises(EngineAwayError, match=r"http://\*\*\*@127\.0\.0\.1:9 does not answer") as caught:
-        EngineClient("http://me:secret@127.0.0.1:9", EngineSettings()).models()
+        call("http://me:secret@127.0.0.1:9", "models")
     assert caught.value.status == 0
     with pytest.raises(ConfigError, match="DEAL_ENGINE_URL"):
         EngineClient("localhost", EngineSettings())
@@ -113,14 +138,13 @@ def test_a_server_that_does_not_answer_has_no_status() -> None:
 @pytest.mark.parametrize("content", ["<html>a page</html>", "[]", '{"data": [{}]}', '{"choices": [{}]}'])
 def test_a_server_that_is_no_vllm_is_said(server: str, content: str) -> None:
     Handler.answers = {"/v1/models": [(200, content)], "/v1/completions": [(200, content)]}
-    client = EngineClient(server, EngineSettings())
     with pytest.raises(EngineError, match="lists no models as vLLM does"):
-        client.models()
+        call(server, "models")
     with pytest.raises(EngineError, match="gave no prompt_logprobs as vLLM does"):
-        client.prompt_log_probs("base", [1, 2])
+        call(server, "prompt_log_probs", "base", [1, 2])
     Handler.answers["/v1/completions"] = [(200, stream(content))]
-    with pytest.raises(EngineError, match="gave no completion as vLLM does"):
-        list(client.complete(ASKED))
+    (error,) = pieces_of(server)
+    assert isinstance(error, EngineError) and "gave no completion as vLLM does" in str(error)
 
 
 def test_pieces_of_a_stream_are_read(server: str) -> None:
@@ -134,8 +158,7 @@ def test_pieces_of_a_stream_are_read(server: str) -> None:
     usage = {"prompt_tokens": 2, "completion_tokens": 1}
     events = ({"choices": [piece, last]}, {"choices": [], "usage": usage})
     Handler.answers["/v1/completions"] = [(200, ": a comment\n\n" + stream(*events))]
-    client = EngineClient(server, EngineSettings())
-    assert list(client.complete(ASKED)) == [
+    assert pieces_of(server) == [
         Piece(1, " a", [7], [-0.5], [{7: -0.5, 9: -2.0}], None),
         Piece(0, "", [], [], [], "stop"),
         usage,
@@ -143,21 +166,17 @@ def test_pieces_of_a_stream_are_read(server: str) -> None:
     sent = Handler.asked[-1][1]
     assert sent["stream"] and sent["return_tokens_as_token_ids"] and sent["stream_options"] == {"include_usage": True}
     Handler.answers["/v1/completions"] = [(200, stream({"choices": [piece]}, {"error": {"message": "it broke"}}))]
-    pieces = client.complete(ASKED)
-    next(pieces)
-    with pytest.raises(EngineError, match="failed: it broke"):
-        next(pieces)
+    first, error = pieces_of(server)
+    assert isinstance(first, Piece) and isinstance(error, EngineError) and "failed: it broke" in str(error)
     Handler.answers["/v1/completions"] = [(400, refusal("temperature must be"))]
-    with pytest.raises(EngineError, match="did not ask a: temperature must be") as caught:
-        next(client.complete(ASKED))
-    assert caught.value.status == 400
+    (error,) = pieces_of(server)
+    assert "did not ask a: temperature must be" in str(error) and error.status == 400
 
 
 def test_probabilities_of_a_prompt_are_those_of_its_tokens(server: str) -> None:
     scored = [None, {"5": {"logprob": -1.5}}, {"6": {"logprob": -2.5}, "8": {"logprob": -0.1}}]
     Handler.answers["/v1/completions"] = [(200, json.dumps({"choices": [{"prompt_logprobs": scored}]}))]
-    client = EngineClient(server, EngineSettings())
-    assert client.prompt_log_probs("base", [4, 5, 6]) == [-1.5, -2.5]
+    assert call(server, "prompt_log_probs", "base", [4, 5, 6]) == [-1.5, -2.5]
     for wrong in ([4, 5], [4, 6, 5]):
         with pytest.raises(EngineError, match="prompt_logprobs"):
-            client.prompt_log_probs("base", wrong)
+            call(server, "prompt_log_probs", "base", wrong)
