@@ -30,6 +30,7 @@ from infra.promotions import Move, PromotionLog
 from infra.serving.engines import Engines
 from infra.serving.prediction_log import LOG, PredictionLog
 from infra.serving.rollout import Rollout, try_to_load, with_tasks
+from infra.serving.tracing import note as note_on_trace
 from infra.settings import HomeSettings, ServingSettings
 from infra.store.base import ObjectStore
 from infra.store.local import FileStore
@@ -155,8 +156,10 @@ class Champion:
             raise GivenUpError(f"No version of '{self.lineage}' serves until its versions are made again; ask again.")
         begun, served = time.perf_counter(), self.served
         named = with_tasks(rows, served)
+        note_on_trace(lineage=self.lineage, task=",".join(sorted({str(row.task) for row in named})))
         tried = await self.rollout.ask(named, served, key, version, sampling, ids)
         if isinstance(tried, Answered):
+            note_on_trace(version=tried.version)
             return tried._replace(served=served)
         log_refusal = tried
         try:
@@ -169,6 +172,7 @@ class Champion:
                 self.log.note_failure(rows, served, self._answerer.version, time.perf_counter() - begun)
             raise
         log_refusal()
+        note_on_trace(version=answered.version)
         if self.log is None or version not in (None, answered.version):
             return answered
         answered = self.log.note(rows, answered, time.perf_counter() - begun, ids=ids)

@@ -38,6 +38,7 @@ from deal_core.evaluation.answering import InputRow, ServedTask, ServedVersion, 
 from deal_core.evaluation.generation import answer_limit, confidence_of, first_tokens
 from deal_core.evaluation.proof import Proof, read_proof
 from infra.fingerprints import Fingerprint, keep_fingerprint
+from infra.serving.tracing import note as note_on_trace
 from infra.serving.version_files import write_peft_folder
 from infra.serving.vllm import EngineAwayError, EngineClient, EngineError, Piece
 from infra.settings import EngineSettings, HomeSettings, ServingSettings
@@ -234,6 +235,7 @@ class Engines:
             raise NoEngineError(f"No engine answers now; ask again in a moment. {self._reasons(answer)}".strip())
         engine = min(free, key=lambda engine: engine.num_in_flight)
         engine.num_in_flight += 1
+        note_on_trace(engine=engine.shown)
         try:
             await answer.take(engine.client, places)
         except EngineAwayError as error:

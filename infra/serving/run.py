@@ -26,6 +26,7 @@ from infra.serving.champion import Champion, Say
 from infra.serving.engines import Engines
 from infra.serving.prediction_log import LOG, open_prediction_log
 from infra.serving.server import LOOPBACK_NAMES, make_app
+from infra.serving.tracing import sending_traces
 from infra.settings import EngineSettings, ServingSettings
 from infra.store.base import ObjectStore
 
@@ -96,7 +97,8 @@ def serve(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, also while the champion loads
     sys.setswitchinterval(SWITCH_SECONDS)
     _allow_files(NUM_FILES)
-    with listener, _logged_to(home / "logs" / f"serve-{lineage}.log"), suppress(KeyboardInterrupt):
+    log_file = home / "logs" / f"serve-{lineage}.log"
+    with listener, _logged_to(log_file), sending_traces(), suppress(KeyboardInterrupt):
         try:
             server = make_server(make_app(champion, trusted, api_key), champion.drain)
             asyncio.run(answer(champion, follower, server, listener, announce))

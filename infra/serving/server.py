@@ -42,6 +42,7 @@ from starlette.types import Receive, Scope, Send
 from infra.serving.champion import Champion
 from infra.serving.formats import RETRY, Caller, HttpAnswer, RefusalError, give_feedback, predict
 from infra.serving.openai_api import complete, list_models, openapi
+from infra.serving.tracing import traced
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 """Host names of this machine. Requests of a foreign web page have the host name of its own site."""
@@ -74,7 +75,7 @@ def make_app(serving: Champion, trusted_hosts: Sequence[str] = LOOPBACK_NAMES, a
 
     def answering(path: str, work: Work) -> Route:
         async def answer(request: Request, send: Send) -> None:
-            with meter.measured(path) as labels:
+            with meter.measured(path) as labels, traced(path, request.headers):
                 _require_key(request, api_key)
                 _require_json(request)
                 _require_place(places, num_places)

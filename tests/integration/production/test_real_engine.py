@@ -39,7 +39,7 @@ STORY = {
     "data": [{"prompt": f"Tell of the number {n}", "completion": "It was small, and then it grew."} for n in range(40)],
 }
 """One sentence answers all, so that no step of the greedy answer is a close decision."""
-STORY_STEPS = 60
+STORY_TRAIN = {"max_steps": 60, "max_answer_tokens": 24}
 
 pytestmark = [needs_engine, pytest.mark.nightly(minutes=1.5)]
 
@@ -68,7 +68,7 @@ def home(serving_home: Path, base: Path, engine: RealEngine) -> Path:
     rows = serving_home / "story.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in STORY["data"]))
     assert run(base, BANK, train=TRAIN).version == "1"
-    assert run(base, {**STORY, "data": str(rows)}, train={**TRAIN, "max_steps": STORY_STEPS}).version == "2"
+    assert run(base, {**STORY, "data": str(rows)}, train={**TRAIN, **STORY_TRAIN}).version == "2"
     return serving_home
 
 
@@ -95,6 +95,7 @@ def test_openais_client_gets_the_answers_of_the_version(home: Path, engine: Real
     here = load_answerer(home / "here", HomeSettings().cache_dir, precision="fp32", version="2")
     rows = [InputRow(text, "bank") for text in TEXTS] + [InputRow(f"Tell of the number {n}", "story") for n in range(9)]
     wanted = here.ask(rows)
+    assert {*wanted.answers[len(TEXTS) :]} == {STORY["data"][0]["completion"]}, "the sentence was learned"
     with served("l", {**os.environ, "DEAL_SERVE_API_KEY": TOKEN}) as (url, _):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key=TOKEN, max_retries=0)
 

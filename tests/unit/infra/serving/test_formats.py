@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import openai
 import pytest
 
@@ -195,3 +196,27 @@ def test_prometheus_counts_requests_by_status_and_version(port: int, client: ope
     assert 'deal_requests_total{path="/v1/completions",status="200",version="3"} 1.0' in page
     assert 'deal_requests_total{path="/v1/completions",status="404",version=""} 1.0' in page
     assert 'deal_request_seconds_count{path="/v1/completions"} 2.0' in page and "deal_requests_in_flight 0.0" in page
+
+
+def test_answers_and_requests_are_as_the_openapi_page_says(port: int, client: openai.OpenAI) -> None:
+    page = httpx.get(f"http://127.0.0.1:{port}/openapi.json").json()
+
+    def check(name: str, body: object) -> None:
+        schema = {"$ref": f"#/components/schemas/{name}", "components": page["components"]}
+        jsonschema.Draft202012Validator(schema).validate(body)
+
+    head = {"Authorization": f"Bearer {KEY}"}
+    for path, body in (
+        ("/v1/chat/completions", {"model": "l", "messages": [USER]}),
+        ("/v1/completions", {"model": "l", "prompt": ["one", "two"], "max_tokens": 3}),
+    ):
+        of_path = page["paths"][path]["post"]
+        asked, answered = (
+            part["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+            for part in (of_path["requestBody"], of_path["responses"]["200"])
+        )
+        check(asked, body)
+        check(answered, httpx.post(f"http://127.0.0.1:{port}{path}", json=body, headers=head).json())
+        with pytest.raises(jsonschema.ValidationError):
+            check(asked, {**body, "n": "2"})
+    check("ModelList", client.models.list().model_dump(mode="json"))
