@@ -78,6 +78,16 @@ class Choice(NamedTuple):
     """For each token its text, its log-probability, and those of the likeliest tokens; None: not asked for."""
 
 
+@dataclass
+class Pieces:
+    """The client of an answer that comes in pieces."""
+
+    send: Callable[[Choice, ServedVersion, str], Awaitable[None]]
+    """Sends a piece, and the version with its number. The next piece waits until then."""
+    have_come: bool = False
+    """Whether the client has got one, so that no other engine and no other version can answer instead."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """What a client wants of an engine besides the rows. The model in this process gives the likeliest answer only."""
@@ -90,8 +100,8 @@ class Sampling:
     """Answers to each row."""
     num_tops: int | None = None
     """For how many of the likeliest tokens log-probabilities are given; None: for none, not even the answer's own."""
-    on_piece: Callable[[Choice, ServedVersion, str], Awaitable[None]] | None = None
-    """Takes each piece of an answer as it comes, and the version with its number. The next piece waits until then."""
+    pieces: Pieces | None = None
+    """Takes each piece of an answer as it comes; None: the client wants the whole answer."""
 
 
 def load_answerer(

@@ -241,7 +241,7 @@ class Engines:
         except EngineAwayError as error:
             if error.status == 0:  # not busy, but gone
                 engine.problem = str(error)
-            if answer.has_begun:
+            if answer.pieces is not None and answer.pieces.have_come:
                 raise GivenUpError(f"{error} Ask again.") from None
             answer.left_out[engine] = str(error)
             return False
@@ -319,6 +319,7 @@ class Engines:
         self._coming = version
         refusals: list[EngineError | ConfigError] = []
         try:
+            await asyncio.to_thread(touch, version.copy)  # it may be there since long ago
             await asyncio.to_thread(copy_adapter, folder, version.copy)
             for engine in self._engines:
                 try:
@@ -401,12 +402,11 @@ class Engines:
     def _unused(self, in_use: set[str], loaded: frozenset[str]) -> set[str]:
         """Touch the copies that are in use; return the names of the lineage's adapters that nobody has touched."""
         for name in in_use:
-            with suppress(FileNotFoundError):
-                os.utime(self._folder / name)
-        copies = {path.name: path for path in self._folder.glob("*-v*")}
-        own = {name for name in {*copies, *loaded} - in_use if self._own_names.fullmatch(name)}
+            touch(self._folder / name)
+        copies = {path.name for path in self._folder.glob("*-v*")}
+        own = {name for name in (copies | loaded) - in_use if self._own_names.fullmatch(name)}
         oldest = time.time() - self._settings.grace_seconds
-        return {name for name in own if name not in copies or copies[name].stat().st_mtime <= oldest}
+        return {name for name in own if touched_at(self._folder / name) <= oldest}
 
 
 @dataclass(eq=False)
@@ -550,11 +550,9 @@ class Completion:
     def __init__(self, version: OnEngine, asked: Sequence[tuple[ServedTask, str]], sampling: Sampling) -> None:
         self.version = version
         self._asked, self._sampling = asked, sampling
-        self._num = sampling.num_answers
+        self._num, self.pieces = sampling.num_answers, sampling.pieces
         self._parts: list[list[Piece]] = [[] for _ in range(len(asked) * self._num)]
         self._tokens: Counter[str] = Counter()
-        self.has_begun = False
-        """Whether the client has got a piece, so that no other engine can answer instead."""
         self.left_out: dict[_Engine, str] = {}
         """Engines that are not asked again, and why."""
         self.renewed: set[_Engine] = set()
@@ -583,12 +581,12 @@ class Completion:
                 place, number = divmod(piece.place, self._num)
                 index = places[place] * self._num + number
                 self._parts[index].append(piece)
-                if self._sampling.on_piece is not None:
-                    self.has_begun = True
+                if self.pieces is not None:
+                    self.pieces.have_come = True
                     choice = self._choice(index, [piece])
                     if not any(part.text.strip() for part in self._parts[index][:-1]):  # an answer begins with a word
                         choice = choice._replace(text=choice.text.lstrip())
-                    await self._sampling.on_piece(choice, self.version.served, self.version.number)
+                    await self.pieces.send(choice, self.version.served, self.version.number)
         lacking = [place for place in places if not self._parts[place * self._num]]
         if lacking:
             raise EngineError(f"The engine at {client.shown} gave {len(lacking)} of {len(places)} rows no answer.")
@@ -707,3 +705,17 @@ def copy_adapter(folder: Path, target: Path) -> None:
             return
         shutil.rmtree(target)
     write_peft_folder(folder, target)
+
+
+def touch(copy: Path) -> None:
+    """Say that a copy is in use now."""
+    with suppress(FileNotFoundError):
+        os.utime(copy)
+
+
+def touched_at(copy: Path) -> float:
+    """Return when a front has last used a copy (seconds of the epoch); 0: the copy is gone."""
+    try:
+        return copy.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

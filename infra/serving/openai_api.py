@@ -19,7 +19,7 @@ from pydantic.json_schema import models_json_schema
 from deal_core.data.chats import ROLES, normal_calls, role_of
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
-from deal_core.evaluation.answerer import Answered, Choice, GivenUpError, Sampling
+from deal_core.evaluation.answerer import Answered, Choice, GivenUpError, Pieces, Sampling
 from deal_core.evaluation.answering import InputRow, ServedTask, ServedVersion, require_few_messages
 from deal_core.safe_text import brief
 from infra.serving.champion import Champion
@@ -229,7 +229,7 @@ async def complete(serving: Champion, body: bytes, caller: Caller, *, is_chat: b
                 raise GivenUpError(f"Version {version} does not answer any more; ask again.")
             await caller.send(answering, writer.event(served, answering, [writer.choice(piece)]))
 
-        sampling = replace(sampling, on_piece=pass_on)
+        sampling = replace(sampling, pieces=Pieces(pass_on))
     with refusing():
         answered = await serving.ask(rows, caller.key or asked.user, version or None, sampling, ids)
     require_version(answered.version)  # the champion may have moved

@@ -11,13 +11,13 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from deal_core.errors import ConfigError, DealError
-from deal_core.evaluation.answerer import Answered, Answerer, Choice, GivenUpError, Sampling
+from deal_core.evaluation.answerer import Answered, Answerer, GivenUpError, Sampling
 from deal_core.evaluation.answering import InputRow, ServedVersion
 from deal_core.judging_config import RolloutKind
 from deal_core.safe_text import without_secrets
@@ -134,11 +134,10 @@ class Rollout:
         ):
             return lambda: None
         begun = time.perf_counter()
-        pieces = _Pieces(sampling)
         try:
-            return await self._ask(trial, rows, sampling=pieces.sampling, ids=ids)
+            return await self._ask(trial, rows, sampling=sampling, ids=ids)
         except Exception as error:
-            if version is not None or pieces.have_come:
+            if version is not None or (sampling and sampling.pieces and sampling.pieces.have_come):
                 raise
             _report(error, trial)
             if not isinstance(error, ConfigError) or self._log is None:
@@ -212,21 +211,6 @@ class Rollout:
         if answered.version != trial.version:  # another candidate has taken its place meanwhile
             raise GivenUpError(f"Version {trial.version} is not tried any more; ask again.")
         return self._log.note(rows, answered, time.perf_counter() - begun, shadow_of, ids=ids)
-
-
-class _Pieces:
-    """Knows whether a client has got a piece of an answer, so that no other version can answer instead."""
-
-    def __init__(self, sampling: Sampling | None) -> None:
-        self.have_come = False
-        self.sampling = sampling
-        if sampling is not None and sampling.on_piece is not None:
-            self.sampling = replace(sampling, on_piece=self._pass_on)
-            self._on_piece = sampling.on_piece
-
-    async def _pass_on(self, choice: Choice, served: ServedVersion, version: str) -> None:
-        self.have_come = True
-        await self._on_piece(choice, served, version)
 
 
 def try_to_load(store: ObjectStore, version: Version, load: Callable[[Path], None]) -> str | None:
