@@ -120,7 +120,7 @@ async def give_feedback(serving: Champion, body: bytes, _: Caller) -> HttpAnswer
             checked.append(read.check_against(tasks, log.task_of(read.feedback.id), place))
     except ConfigError as error:
         raise RefusalError(400, str(error)) from None
-    if not await asyncio.to_thread(log.take_feedback, checked):
+    if not await asyncio.get_running_loop().run_in_executor(log.threads, log.take_feedback, checked):
         raise RefusalError(503, "The feedback was not stored; send it again in a moment.", RETRY)
     return HttpAnswer(json.dumps({"taken": len(checked)}), serving.version or "", status=202)
 

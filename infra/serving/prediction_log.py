@@ -15,6 +15,7 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
 
@@ -53,6 +54,8 @@ class PredictionLog:
         self._waiting: list[dict[str, Any]] = []
         self._changing = threading.Lock()
         self._storing = threading.BoundedSemaphore(MAX_STORING)
+        self.threads = ThreadPoolExecutor(MAX_STORING + 1, thread_name_prefix="feedback")
+        """Threads for `take_feedback`, with one to refuse what has no place."""
         self.num_dropped = 0
         """Rows that were lost since the server started."""
         self._cleaned = -CLEAN_SECONDS

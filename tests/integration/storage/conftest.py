@@ -69,7 +69,7 @@ def logging(texts: list[str]) -> Iterator[list[str]]:
     log = PredictionLog(current_store(), "l", keeps_texts=True, retention_days=30)
     champion = Champion(log)
     log.start()
-    ids = [*champion.ask([InputRow(text, "bank") for text in texts], lambda: False).ids]
+    ids = [*asyncio.run(champion.ask([InputRow(text, "bank") for text in texts])).ids]
     log.take_feedback([read_entry({"id": each, "label": "a"}, "", source="api", now=1.0).feedback for each in ids])
     yield ids
     log.close()

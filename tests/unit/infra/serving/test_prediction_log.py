@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import resource
 import signal
@@ -62,7 +63,7 @@ def logging_to(store: FileStore, *, keeps_texts: bool = False) -> Iterator[Predi
 
 
 def ask(log: PredictionLog, *texts: str) -> list[str]:
-    return [*Champion(log).ask([InputRow(text, "bank") for text in texts], lambda: False).ids]
+    return [*asyncio.run(Champion(log).ask([InputRow(text, "bank") for text in texts])).ids]
 
 
 def say(log: PredictionLog, now: float, **values: Any) -> None:
@@ -173,7 +174,7 @@ def test_a_server_keeps_its_log_as_long_as_the_settings_say(store: FileStore, mo
 
 
 KILLED = """
-import sys, time
+import asyncio, sys, time
 from pathlib import Path
 from deal_core.evaluation.answering import InputRow
 from infra.serving import prediction_log
@@ -185,7 +186,7 @@ log = prediction_log.PredictionLog(FileStore(Path(sys.argv[1])), "l", keeps_text
 log.start()
 champion = Champion(log)
 while True:
-    print(*champion.ask([InputRow("a text", "bank")] * 3, lambda: False).ids, flush=True)
+    print(*asyncio.run(champion.ask([InputRow("a text", "bank")] * 3)).ids, flush=True)
     time.sleep(0.001)
 """
 
@@ -449,7 +450,7 @@ def test_rows_of_a_rollout_are_read_when_they_are_asked_for(store: FileStore) ->
     with logging_to(store) as log:
         (returned,) = ask(log, "a")
         rows = [InputRow("b", "bank")]
-        log.note(rows, Champion().ask(rows, lambda: False), 0.25, [returned])
+        log.note(rows, asyncio.run(Champion().ask(rows)), 0.25, [returned])
         log.note_failure(rows, Champion.served, "4", 0.25)
         assert log.task_of(returned) == "bank"
     assert [*read_predictions(store, "l")["id"]] == [returned]
