@@ -312,7 +312,8 @@ class Answerer:
 
         def run() -> None:
             try:
-                done.set_result(change())
+                change()
+                done.set_result(None)
             except Exception as error:
                 done.set_exception(error)
 
@@ -405,8 +406,8 @@ class Answerer:
             raise
         except Exception as error:
             if len(batch) > 1:  # a part that cannot be answered must not fail the other parts
-                for part in batch:
-                    self._answer_together([part])
+                for alone in batch:
+                    self._answer_together([alone])
             else:
                 ((request, _),) = batch
                 self._leave(request)
