@@ -265,6 +265,7 @@ class Engines:
             async with engine.lock:
                 await engine.look()
                 await engine.load(version)
+                engine.problem = None
         except (EngineError, ConfigError) as error:
             engine.problem = str(error)
 
@@ -327,6 +328,7 @@ class Engines:
                 try:
                     async with engine.lock:
                         await engine.load(version)
+                        engine.problem = None
                 except EngineAwayError as error:  # its task loads the version when the engine is back
                     engine.problem = str(error)
                 except (EngineError, ConfigError) as error:  # another engine may take it
@@ -369,6 +371,7 @@ class Engines:
                     await engine.look()
                     for version in filter(None, (self._first, self._candidate)):
                         await engine.load(version)
+                    engine.problem = None
                     await self._unload_unused(engine)
             except (EngineError, ConfigError) as error:
                 engine.problem = str(error)
@@ -447,7 +450,7 @@ class _Engine:
         )
 
     async def look(self) -> None:
-        """Ask whether it answers, and what it has loaded."""
+        """Ask whether it answers, and what it has loaded. After it was away, its problem stays until it can answer."""
         was_away = not self.is_there
         try:
             models = await self.client.models(seconds=LOOK_TIMEOUT)
@@ -458,7 +461,6 @@ class _Engine:
         self.loaded = frozenset(name for name, (_, is_adapter) in models.items() if is_adapter)
         if was_away or self.base != base or not self.applied <= self.loaded:  # it was started again
             self.base, self.is_base_of, self.applied = base, frozenset(), frozenset()
-        self.problem = None
 
     async def load(self, version: OnEngine) -> None:
         """Load a version if the engine has it not yet. It must have the version's base model, and apply the adapter."""
