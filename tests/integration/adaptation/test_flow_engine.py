@@ -8,6 +8,7 @@ import pytest
 
 from deal_core.evaluation.answerer import load_answerer
 from deal_core.evaluation.answering import InputRow
+from deal_core.evaluation.proof import read_proof
 from infra.serving.version_files import fetch_version
 from infra.settings import HomeSettings
 from infra.store.keys import fingerprint_key
@@ -40,7 +41,8 @@ def test_the_engine_answers_the_test_rows_and_only_answers_of_one_engine_are_com
         assert f"the test rows were answered by {NAME}" in evaluation_of(learned)["notes"]
         (task,) = read_record(store, first).tasks
         rows = load_test_set(store, task).rows
-        fetch_version(store, first, tmp_path / "first")
+        fetch_version(store, first, tmp_path / "first", with_proof=True)
+        assert read_proof(tmp_path / "first") is not None, "its digest is one of the version's"
         here = load_answerer(tmp_path / "first", HomeSettings().cache_dir, precision="fp32")
         answers = here.answer([InputRow(text, "bank") for text in rows["input"]])
         assert kept.now["bank"] == dict(zip(rows["sha256"], answers, strict=True))
