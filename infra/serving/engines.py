@@ -53,6 +53,8 @@ LOOK_SECONDS = 2.0
 """Pause between two looks at an engine."""
 LOOK_TIMEOUT = 10.0
 """Longest wait for an engine's list of models; it answers it in its event loop, however many requests wait."""
+FRONT_SECONDS = 15.0
+"""A front that runs touches what it uses within this time: it is longer than a pause and a look together."""
 MAX_PROMPTS = 64
 """Prompts of one request to an engine."""
 MAX_TOPS = 20
@@ -405,7 +407,7 @@ class Engines:
             touch(self._folder / name)
         copies = {path.name for path in self._folder.glob("*-v*")}
         own = {name for name in (copies | loaded) - in_use if self._own_names.fullmatch(name)}
-        oldest = time.time() - self._settings.grace_seconds
+        oldest = time.time() - max(self._settings.grace_seconds, FRONT_SECONDS)
         return {name for name in own if touched_at(self._folder / name) <= oldest}
 
 

@@ -72,6 +72,7 @@ def quick(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEAL_SERVING_PRECISION", "fp32")
     for owner, name in (
         (engines_module, "LOOK_SECONDS"),
+        (engines_module, "FRONT_SECONDS"),
         (Engines, "retry_seconds"),
         (champions, "POLL_SECONDS"),
         (prediction_log, "BATCH_SECONDS"),
@@ -671,6 +672,7 @@ def test_a_name_never_means_another_adapter(
     engine: FakeVllm, folders: dict[str, Path], alone: Alone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two stores have a version 1 of one lineage, and share the engine."""
+    monkeypatch.setattr(engines_module, "FRONT_SECONDS", 30.0)
     with front(engine) as found:
         monkeypatch.setenv("DEAL_STORE_URI", (tmp_path / "elsewhere" / "store").as_uri())
         files = {name: (folders["2"] / name).read_bytes() for name in SERVED_FILES}
@@ -761,7 +763,10 @@ def test_a_version_without_a_proof_is_served_and_so_is_one_that_changes_too_litt
             assert sum(sentence in text for text in found.said) == 1
 
 
-def test_two_fronts_share_an_engine_and_unload_nothing_that_the_other_one_uses(engine: FakeVllm, alone: Alone) -> None:
+def test_two_fronts_share_an_engine_and_unload_nothing_that_the_other_one_uses(
+    engine: FakeVllm, alone: Alone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines_module, "FRONT_SECONDS", 30.0)
     with front(engine) as one, front(engine) as other:
         first = other.name()
         engine.pace[first] = threading.Event()
@@ -772,6 +777,7 @@ def test_two_fronts_share_an_engine_and_unload_nothing_that_the_other_one_uses(e
             moved = time.monotonic()
             wait_for(lambda: time.monotonic() > moved + 4 * GRACE_SECONDS)
             assert ("unload", first) not in engine.calls and first in engine.adapters, "the other front uses it"
+            monkeypatch.setattr(engines_module, "FRONT_SECONDS", 10.0)
             for found in (one, other):
                 assert found.ask().json()["choices"][0]["text"] == alone("2").answers[1]
             engine.pace[first].set()
