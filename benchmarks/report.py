@@ -36,7 +36,6 @@ from benchmarks.tables import (
 )
 from deal_core.config import TrainConfig
 from deal_core.judging_config import GateConfig
-from deal_pipeline.cli.console import interval, points
 
 OURS_WITHOUT, OURS_WITH_TESTS, OURS_WITH_ROWS = (method_name(OURS, name_of_memory(each)) for each in get_args(Memory))
 CHOSEN_BY = ("joint", "seq_lora", OURS_WITH_ROWS)
@@ -52,6 +51,16 @@ SHOWN_AS = {
 """Settings of a method → what the page calls them."""
 LEADS = ((OURS_WITH_ROWS, OURS_WITHOUT), (OURS_WITH_TESTS, OURS_WITH_ROWS))
 """Pairs of methods whose difference cells.md shows; that to the default stands in the tables."""
+
+
+def points(value: float | None) -> str:
+    """Percentage points; a dash if undefined."""
+    return "–" if value is None else f"{value:.1f}"
+
+
+def interval(values: Sequence[float] | None) -> str:
+    """A difference with its interval; empty if it was not computed."""
+    return "" if values is None else f"{values[0]:+.1f} ({values[1]:+.1f} to {values[2]:+.1f})"
 
 
 def spread_of_seeds(cells: Sequence[CellJson]) -> dict[str, float]:

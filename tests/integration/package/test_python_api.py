@@ -62,7 +62,7 @@ def test_a_learned_lineage_is_read_moved_and_asked_in_this_process(
     async def work() -> None:  # as in a notebook
         lineage = Lineage("l", home=copied_home, show=None)
         assert [entry.version for entry in lineage.history()] == ["1", "2", "3"] and lineage.champion == "3"
-        assert [entry.version for entry in lineage.history(newest=1)] == ["3"]
+        assert lineage.history()[-1].version == "3"
         assert not lineage.show("2").accepted and lineage.show(3).aliases == ("champion", "challenger")
         matrix = lineage.matrix()
         assert frame(matrix).shape == (2, 2) and matrix.tasks == ("bank", "clinic")

@@ -20,7 +20,7 @@ from flows.forget import ForgetResult, forget, plan_forget
 from flows.lock import lock_lineage
 from infra.lineage_state import EndedArrival, note_ended
 from infra.store.local import FileStore
-from tasks.adaptation.ingest import ingest_arrival
+from tasks.adaptation.ingest import ingest as ingest_rows
 from tasks.context import current_store
 from tasks.inbox import look
 from tasks.lineage.tombstones import ForgottenRowsError
@@ -48,7 +48,7 @@ def stored(*folders: str) -> list[str]:
 
 def ingest(arrival: TaskSpec, lineage: str, *, again: bool = False) -> DatasetRef:
     with reporting_to(LogReporter()):  # without it, all later tests of the process would share its stop
-        return ingest_arrival(arrival, DataConfig(), None, lineage, again)
+        return ingest_rows(arrival, DataConfig(), None, lineage, again)
 
 
 def forget_file() -> ForgetResult:

@@ -146,5 +146,8 @@ def test_the_asked_columns_are_found_by_task_by_name_or_by_option(
 ) -> None:
     task = TaskSchema(**{"name": "t", **fields})
     assert find_input(file_columns.split(), task, "f.csv", option).names == found
+
+
+def test_a_file_without_the_asked_column_is_refused_with_the_option_that_names_it() -> None:
     with pytest.raises(DataValidationError, match="--column"):
-        find_input(["id", "x"], task, "f.csv")
+        find_input(["id", "x"], TaskSchema(name="t", columns={"text": "note"}), "f.csv")

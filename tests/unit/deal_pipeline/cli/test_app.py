@@ -24,6 +24,7 @@ from typer.testing import CliRunner, Result
 
 from deal_pipeline.cli.app import TOPICS, app
 from deal_pipeline.server.embedded import ui_address
+from infra.store.format import write_format
 from infra.store.local import FileStore
 from tests.in_process import put_back
 from tests.stored_versions import put_version, version
@@ -275,6 +276,7 @@ def test_version_list_shows_the_newest_versions_and_programs_get_all(
     deal: Deal, home: Path, options: tuple[str, ...], num_shown: int | None
 ) -> None:
     store = FileStore(home / "store")
+    write_format(store)
     for number in range(1, 41):
         put_version(store, version(number, reasons=(f"reason {number};",)))
     result = deal("version", "list", "--lineage", "l", *options)

@@ -252,6 +252,6 @@ def test_what_is_still_written_to_is_not_left(store: FileStore, tmp_path: Path) 
 
 def test_a_run_of_an_open_branch_may_continue_what_the_branch_has_made() -> None:
     versions = (version(1, accepted=True), version(2, 1, accepted=True, aliases=("champion",)))
-    branch = Branch(lineage="l", number=1, who="Ada", root="1", champion="2", steps=(), base_model="b")
+    branch = Branch(lineage="l", number=1, who="Ada", root="1", champion="2", arrivals={}, base_model="b")
     held = {"versions": versions, "runs": (run(3, 1),), "adapters": dict([folder(3, YOUNG)])}
     assert plan(**held) == [("adapter", "3")] and plan(**held, branch=branch) == []

@@ -69,7 +69,7 @@ def test_a_version_of_an_open_branch_is_not_rejected() -> None:
     store = current_store()
     write_format(store)
     branches = Branches(store)
-    branch = Branch(lineage="l", number=1, who="Ada", root="1", champion="2", steps=(), base_model="b")
+    branch = Branch(lineage="l", number=1, who="Ada", root="1", champion="2", arrivals={}, base_model="b")
     branches.begin(branch)
     put(4, 1, branch=1, remakes="2")
     with pytest.raises(RegistryError) as refused:
