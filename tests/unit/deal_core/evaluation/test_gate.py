@@ -166,6 +166,15 @@ def test_many_small_drops_are_rejected_by_their_mean() -> None:
     assert decide(report, GateConfig(max_mean_drop_points=None)).accepted
 
 
+def test_a_mean_drop_that_noise_explains_passes() -> None:
+    before, after = outcomes(20, lost=3, gained=1)
+    names = ("old", "older")
+    report = make_report({**dict.fromkeys(names, after.count("1") / 20), "new": 0.9}, dict.fromkeys(names, 0.95))
+    report = replace(report, outcomes=dict.fromkeys(names, after), parent_outcomes=dict.fromkeys(names, before))
+    assert decide(report, GateConfig()).accepted, "ten points, above the limit of five"
+    assert not decide(report, GateConfig(confidence=0.5)).accepted
+
+
 def test_a_version_below_the_champion_on_the_new_task_is_rejected_beyond_noise_only() -> None:
     def below(num_rows: int, *, lost: int, gained: int) -> EvaluationReport:
         before, after = outcomes(num_rows, lost=lost, gained=gained)
