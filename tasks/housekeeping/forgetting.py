@@ -139,14 +139,15 @@ def plan_forgetting(store: ObjectStore, arrival: KnownArrival) -> ForgetPlan:
 
     # A run that was killed while it stored a dataset left it without a manifest: nobody knows of which arrival it is.
     listed = {keys.dataset_sha256(info.key) for info in store.list(f"{keys.DATASETS}/{arrival.task}")}
-    sha256s = {*arrival.sha256s, *(listed - {sha256 for sha256, _ in manifests})}
+    unnamed = listed - {sha256 for sha256, _ in manifests}
+    sha256s = {*arrival.sha256s, *unnamed}
 
     row_files: Mapping[str, Kind] = {TRAIN_FILE: "training rows", TEST_FILE: "test rows"}
     held = [
-        _file(row_files[name], info)
+        _file(row_files.get(name, "training rows"), info)
         for sha256 in sorted(sha256s)
         for info in store.list(keys.dataset_folder(arrival.task, sha256))
-        if (name := keys.file_name(info.key)) in row_files
+        if (name := keys.file_name(info.key)) in row_files or sha256 in unnamed  # of these the digests of rows too
     ]
     held += [  # of a killed process: no run that works on the arrival's lineages goes on when they are removed
         _file("unfinished upload", upload)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deal_core.adapter.files import ADAPTER_FILES, WEIGHTS_FILE, digests_of
+from deal_core.adapter.files import ADAPTER_FILES, PROOF_FILE, WEIGHTS_FILE, digests_of
 from deal_core.errors import IntegrityError
 from deal_core.evaluation.answering import SERVED_FILE
 from infra.serving.version_files import SERVED_FILES, fetch_version
@@ -44,6 +44,6 @@ def test_what_is_fetched_to_be_served_is_compared_too(champion: Version, home: P
 
 
 def test_a_version_has_the_digest_of_each_file(champion: Version, home: Path) -> None:
-    found = digests_of(folder_of(home, champion), (*ADAPTER_FILES, SERVED_FILE, RECORD_FILE))
+    found = digests_of(folder_of(home, champion), (*ADAPTER_FILES, PROOF_FILE, SERVED_FILE, RECORD_FILE))
     assert set(found) >= {"adapter_config.json", WEIGHTS_FILE, "method.json", "deal.json"}
     assert champion.files_sha256 == {name: (digest,) for name, digest in found.items()}

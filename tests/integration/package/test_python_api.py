@@ -63,7 +63,7 @@ def test_a_learned_lineage_is_read_moved_and_asked_in_this_process(
         lineage = Lineage("l", home=copied_home, show=None)
         assert [entry.version for entry in lineage.history()] == ["1", "2", "3"] and lineage.champion == "3"
         assert lineage.history()[-1].version == "3"
-        assert not lineage.show("2").accepted and lineage.show(3).aliases == ("champion", "challenger")
+        assert not lineage.show("2").version.accepted and lineage.show(3).version.aliases == ("champion", "challenger")
         matrix = lineage.matrix()
         assert frame(matrix).shape == (2, 2) and matrix.tasks == ("bank", "clinic")
         answers = lineage.predict(["I lost my card.", "My ear hurts."], task="clinic")
@@ -79,7 +79,7 @@ def test_a_learned_lineage_is_read_moved_and_asked_in_this_process(
         assert [move.why for move in lineage.moves()][-1] == "a test" and lineage.champion == "1"
         assert [arrival.version for arrival in lineage.left_behind()] == ["3"]
         lineage.reject(3, why="another test")
-        assert lineage.show(3).approval == "refused"
+        assert lineage.show(3).version.approval == "refused"
 
     asyncio.run(work())
     no_child.undo()
