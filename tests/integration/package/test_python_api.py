@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -32,9 +33,9 @@ def with_server(prefect_api: None) -> dict[str, str]:
     return {"PREFECT_API_URL": str(get_current_settings().api.url)}
 
 
-@pytest.fixture
-def unchanged() -> Iterator[None]:
-    """Fail a test that changes the environment or the root logger of this process."""
+@contextmanager
+def unchanged_process() -> Iterator[None]:
+    """Refuse a block that changes the environment or the root logger of this process."""
     before, root = dict(os.environ), logging.getLogger()
     handlers, level = [*root.handlers], root.level
     yield
@@ -53,7 +54,6 @@ def no_child(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-@pytest.mark.usefixtures("unchanged")
 def test_a_learned_lineage_is_read_moved_and_asked_in_this_process(
     copied_home: Path, no_child: pytest.MonkeyPatch
 ) -> None:
@@ -63,7 +63,8 @@ def test_a_learned_lineage_is_read_moved_and_asked_in_this_process(
         lineage = Lineage("l", home=copied_home, show=None)
         assert [entry.version for entry in lineage.history()] == ["1", "2", "3"] and lineage.champion == "3"
         assert lineage.history()[-1].version == "3"
-        assert not lineage.show("2").version.accepted and lineage.show(3).version.aliases == ("champion", "challenger")
+        shown = [lineage.show(number).version for number in ("2", 3)]
+        assert not shown[0].accepted and "champion" in shown[1].aliases
         matrix = lineage.matrix()
         assert frame(matrix).shape == (2, 2) and matrix.tasks == ("bank", "clinic")
         answers = lineage.predict(["I lost my card.", "My ear hurts."], task="clinic")
@@ -81,14 +82,14 @@ def test_a_learned_lineage_is_read_moved_and_asked_in_this_process(
         lineage.reject(3, why="another test")
         assert lineage.show(3).version.approval == "refused"
 
-    asyncio.run(work())
+    with unchanged_process():
+        asyncio.run(work())
     no_child.undo()
     registered = Tracker(TrackingSettings(home=copied_home)).models.read("l")
     assert registered.number_of("champion") == "1", "MLflow follows the champion"
 
 
 @pytest.mark.nightly
-@pytest.mark.usefixtures("unchanged")
 def test_a_table_is_learned_and_answered_from_a_running_event_loop(
     with_server: dict[str, str], home: Path, tiny_base: Path
 ) -> None:
@@ -106,12 +107,12 @@ def test_a_table_is_learned_and_answered_from_a_running_event_loop(
             answers = lineage.predict(["Number 3 is red.", "Number 4 is green."], task="colours")
             assert len(answers) == 2 and all(isinstance(answer, str) for answer in answers)
 
-    asyncio.run(work())
+    with unchanged_process():
+        asyncio.run(work())
     assert any(line.startswith("train") for line in shown), "every stage is told"
 
 
 @pytest.mark.nightly
-@pytest.mark.usefixtures("unchanged")
 def test_a_stopped_call_goes_on_when_it_is_repeated(with_server: dict[str, str], home: Path, tiny_base: Path) -> None:
     def stop(line: str) -> None:
         if line.startswith("ingest"):
