@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
@@ -104,16 +103,11 @@ def size_text(num_bytes: float) -> str:
     return f"{num_bytes:,.2f} GiB"
 
 
-def _fields(result: object) -> Iterable[tuple[str, Shown]]:
+def _fields(result: Any) -> Sequence[tuple[str, Shown]]:
     """The name and the `Shown` of each field that is drawn. A field may be drawn in two ways."""
-    if result is None:
-        return ()
-    return [(name, Shown(name)) for name in result] if isinstance(result, Mapping) else _fields_of(type(result))  # type: ignore[arg-type]  # a type is hashable
-
-
-@functools.cache
-def _fields_of(kind: type) -> Sequence[tuple[str, Shown]]:
-    hints = get_type_hints(kind, include_extras=True)
+    if isinstance(result, Mapping):
+        return [(name, Shown(name)) for name in result]
+    hints = {} if result is None else get_type_hints(type(result), include_extras=True)
     return [
         (name, shown)
         for name, hint in hints.items()
