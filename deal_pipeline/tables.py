@@ -109,11 +109,12 @@ def frame(result: AccuracyMatrix | VersionScores | Sequence[BaseModel]) -> pd.Da
         result: An accuracy matrix: one row for each version, labelled with the task that it learned, and one column
             for each task; shares from 0 to 1, missing where nothing was measured. Scores of a version: one row for
             each task with `score` and `recorded` (shares from 0 to 1) and `num_rows`. A list of results: one row for
-            each, one column for each field.
+            each, one column for each field; of versions also what became of them, such as `aliases`.
     """
     import pandas as pd
 
     from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
+    from infra.versions import Version
     from tasks.references import VersionScores
 
     if isinstance(result, AccuracyMatrix):
@@ -122,4 +123,4 @@ def frame(result: AccuracyMatrix | VersionScores | Sequence[BaseModel]) -> pd.Da
     if isinstance(result, VersionScores):
         columns = {"score": result.accuracies, "recorded": result.recorded, "num_rows": result.num_rows}
         return pd.DataFrame(columns).rename_axis("task")
-    return pd.DataFrame([vars(entry) for entry in result])
+    return pd.DataFrame([vars(entry) | (vars(entry.since) if isinstance(entry, Version) else {}) for entry in result])
