@@ -7,6 +7,7 @@ import getpass
 import logging
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
@@ -66,6 +67,14 @@ class _Lines:
         if self._show is not None:
             with suppress(Exception):  # the work goes on, whatever the caller does with a line
                 self._show(message)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep remarks of libraries about themselves from the caller's screen; filters are as before after the block."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(tqdm|transformers|peft|datasets)\b")
+        yield
 
 
 class Home:
@@ -151,7 +160,7 @@ class Home:
         from tasks.context import current_store
         from tasks.progress import reporting_to
 
-        with at_place(self.place), reporting_to(self.reporter):
+        with at_place(self.place), reporting_to(self.reporter), quiet_libraries():
             yield current_store()
 
     def load(self, *modules: str) -> None:
@@ -210,7 +219,8 @@ class Home:
         from deal_pipeline.training_child import train_in_child
 
         self.load("prefect")  # the types of results are beside the flows
-        result = TypeAdapter(training.result_type())
+        with quiet_libraries():
+            result = TypeAdapter(training.result_type())
         return result.validate_python(train_in_child(training, self.place, reporter or self.reporter))
 
     def run(self, flow: Any, *arguments: Any, in_prefect: bool = True, **options: Any) -> Any:

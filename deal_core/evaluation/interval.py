@@ -33,7 +33,7 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
         return 0.0, 1.0
     centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z * (share * (1 - share) / n + _Z**2 / (4 * n**2)) ** 0.5 / (1 + _Z**2 / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))  # rounding may miss share by 1e-17
 
 
 def score_text(share: float | None, n: int | None, *, names_n: bool = True) -> str:
