@@ -321,10 +321,10 @@ class Home:
             lineages: Their names; none: all that have a version.
         """
         self.load("prefect", "infra.tracking.tracker")
-        from flows.mlflow import sync_mlflow
+        from flows.mlflow import mirror_all
 
         with self.opened_with_prefect():
-            return in_thread(lambda: asyncio.run(sync_mlflow.fn(lineages)))
+            return in_thread(lambda: asyncio.run(mirror_all(lineages)))
 
     def status(self) -> Status:
         """Return what runs, waits, failed or is damaged: processes, lineages, and the runs of a Prefect server."""

@@ -50,14 +50,6 @@ async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool 
         ConfigError: The age cannot be read, or there is no such lineage.
         DealError: In a run of a server: not everything could be removed.
     """
-    result = await collect(lineage, older_than, dry_run)
-    if result.problems and runtime.deployment.id:  # the run is to be red, so that people see it
-        raise DealError(" ".join(f"Lineage '{name}': {problem}" for name, problem in result.problems.items()))
-    return result
-
-
-async def collect(lineage: str | None, older_than: str, dry_run: bool) -> GcResult:
-    """Do what `gc` does, without Prefect. What could not be removed is in the result."""
     limit, now = parse_age(older_than), datetime.now(UTC)
     store = current_store()
     known, logged = garbage.list_all_lineages(store), garbage.list_logged_lineages(store)
@@ -95,6 +87,8 @@ async def collect(lineage: str | None, older_than: str, dry_run: bool) -> GcResu
         except (DealError, OSError) as error:
             reporter().said(f"Lineage '{name}': {error}")
             problems[name] = str(error)
+    if problems and runtime.deployment.id:  # the run is to be red, so that people see it; the command has an exit code
+        raise DealError(" ".join(f"Lineage '{name}': {problem}" for name, problem in problems.items()))
     num_bytes = sum(removal.num_bytes for removal in removals)
     return GcResult(dry_run=dry_run, removals=tuple(removals), num_bytes=num_bytes, busy=tuple(busy), problems=problems)
 
