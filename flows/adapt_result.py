@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -11,13 +11,12 @@ from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, MatrixJson
 from deal_core.evaluation.arrival_check import ArrivalScore
 from deal_core.evaluation.report import AddedRows
 from infra.lineage_state import HeldByCheck
+from infra.outcomes import Outcome
 from infra.versions import Version
 from tasks.adaptation.report import Findings
 from tasks.adaptation.run import AdaptationRun
 from tasks.progress import stage_times
 from tasks.references import Contradiction, DatasetRef
-
-Status = Literal["promoted", "awaiting approval", "rollout", "rejected", "repeat", "skipped", "held", "remade"]
 
 
 class Scores(BaseModel, frozen=True):
@@ -41,10 +40,8 @@ class Scores(BaseModel, frozen=True):
 class AdaptResult(BaseModel, frozen=True):
     """The result of one adaptation."""
 
-    status: Status
-    """promoted: the version is champion. repeat: an earlier version has learned the arrival. skipped: nothing was
-    trained, since the champion answers the rows well enough. held: nothing was trained, since the labels disagree with
-    the champion. remade: the version is one of a branch."""
+    status: Outcome
+    """How the run ended; see `infra.outcomes.Outcome`."""
     rejected: bool
     """Whether the gate rejected the version, in this run or in the run that this run repeats."""
     message: str
@@ -153,12 +150,11 @@ def held(adaptation: AdaptationRun, noted: HeldByCheck) -> AdaptResult:
 def adapted(version: Version, findings: Findings) -> AdaptResult:
     """Return the result of a run that trained."""
     report, summary = findings.evaluation, findings.training
-    status, verdict = _end_of(version)
     return _result(
         version,
         findings.dataset,
-        status=status,
-        message=f"Version {version.version} of {version.lineage} {verdict}.",
+        status=version.outcome,
+        message=f"Version {version.version} of {version.lineage} {_words_of(version)}.",
         arrival=version.arrival,
         accuracies=dict(report.accuracies),
         added=report.added,
@@ -171,19 +167,19 @@ def adapted(version: Version, findings: Findings) -> AdaptResult:
     )
 
 
-def _end_of(version: Version) -> tuple[Status, str]:
-    """How the run of a version ended, and the same in words."""
+def _words_of(version: Version) -> str:
+    """How the run of a version ended, in words."""
     match version.outcome:
         case "rejected":
-            return "rejected", "was rejected by the gate; the champion stays as it was"
+            return "was rejected by the gate; the champion stays as it was"
         case "remade":
-            return "remade", f"learned the arrival of version {version.remakes} again; the champion stays"
+            return f"learned the arrival of version {version.remakes} again; the champion stays"
         case "awaiting approval":
-            return "awaiting approval", _awaits_approval(version)
+            return _awaits_approval(version)
         case "rollout":
-            return "rollout", _in_rollout(version)
+            return _in_rollout(version)
         case _:
-            return "promoted", "is champion"
+            return "is champion"
 
 
 def _awaits_approval(version: Version) -> str:
