@@ -213,7 +213,7 @@ class Home:
             DealError: The error of the training.
         """
         if self._runner is not None:
-            return self._runner(training.start, **options)
+            return self._runner(training.coroutine, **options)
         from pydantic import TypeAdapter
 
         from deal_pipeline.training_child import train_in_child

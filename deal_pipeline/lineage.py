@@ -769,7 +769,7 @@ class Lineage:
         """
         from deal_pipeline.training import Consolidate
 
-        result: AdaptResult = self.home.train(Consolidate(lineage=self.name, origin=start), trains=True)
+        result: AdaptResult = self.home.train(Consolidate(lineage=self.name, start=start), trains=True)
         return result
 
     def plan_rebase(self, base: str) -> BranchPlan:

@@ -174,7 +174,7 @@ def main() -> None:
         training: Training = TypeAdapter(AnyTraining).validate_json(sys.stdin.readline())
         threading.Thread(target=_stop_with_parent, daemon=True).start()
         home = enter_home(None)
-        result = run_flow(training.start, home, messages, trains=True)
+        result = run_flow(training.coroutine, home, messages, trains=True)
         messages.send({"result": TypeAdapter(Any).dump_python(result, mode="json")})
     except KeyboardInterrupt:
         sys.exit(STOPPED)
