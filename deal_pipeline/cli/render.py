@@ -57,9 +57,7 @@ def render(rows: Iterable[Any], title: str = "") -> list[RenderableType]:
             texts = [_text(value, shown) for value in values]
             if shown.only != "facts" and not _MISSING.issuperset(texts):
                 cells = ["" if same else _cell(text, shown) for text, same in zip(texts, is_repeated, strict=True)]
-                are_numbers = all(
-                    _NUMBER.match(text) for value, text in zip(values, texts, strict=True) if value is not None
-                )
+                are_numbers = all(_NUMBER.match(text) for text in texts if text not in _MISSING)
                 columns.append(_Drawn(shown.heading(name), cells, are_numbers, shown.spare))
     return _table(columns, title) if lines else []
 
@@ -192,9 +190,12 @@ class _FittingTable(Table):
         needs = [_width_of(column, str.splitlines) - _width_of(column, str.split) for column in columns.values()]
         drawn = copy.copy(self)
         drawn.columns = [dataclasses.replace(column, _index=place) for place, column in enumerate(columns.values())]
-        if 0 <= room < sum(needs):  # each column has its words, and its part of the room that is left
-            for column, need in zip(drawn.columns, needs, strict=True):
-                column.width = _width_of(column, str.split) + room * need // sum(needs)
+        if 0 <= room < sum(needs):  # each column has its words; of the room that is left the widest ones lack a part
+            by_need = sorted(range(len(needs)), key=needs.__getitem__)
+            for num_served, place in enumerate(by_need):
+                part = min(needs[place], room // (len(needs) - num_served))
+                drawn.columns[place].width = _width_of(drawn.columns[place], str.split) + part
+                room -= part
         yield from Table.__rich_console__(drawn, console, options)
 
 

@@ -110,6 +110,18 @@ def test_on_a_narrow_screen_no_word_is_broken_and_spare_columns_are_left_out() -
     assert "points" in wide and "points" not in narrow and "accepted" in narrow
 
 
+def test_figures_end_in_one_column_also_where_one_is_missing() -> None:
+    lines = drawn(render([{"task": "a", "score": "24.5, 17–34"}, {"task": "b", "score": "–"}])).splitlines()
+    (first,), (second,) = ([line.rstrip() for line in lines if f" {task} " in line] for task in "ab")
+    assert len(first) == len(second) and second.endswith("–")
+
+
+def test_the_longest_texts_are_broken_into_lines_and_short_ones_stay_whole() -> None:
+    long = "a sentence of many words that has no room on this screen and goes on and on"
+    text = drawn(render([{"why": long, "label": "suspected fraud", "answer": "loan question"}]), 60)
+    assert "suspected fraud" in text and "loan question" in text and long not in text
+
+
 @pytest.mark.parametrize(("size", "text"), [(0, "0 B"), (1023, "1023 B"), (2048, "2.0 KiB"), (3 * 2**30, "3.00 GiB")])
 def test_a_size_has_its_unit(size: int, text: str) -> None:
     assert size_text(size) == text
