@@ -52,8 +52,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are outside docs/, and those that are made from the code."""
     for file, page in PAGES.items():
         if file.endswith(".ipynb"):
-            content = MarkdownExporter().from_notebook_node(nbformat.read(ROOT / file, as_version=4))[0]
+            notebook = nbformat.read(ROOT / file, as_version=4)
+            content, resources = MarkdownExporter().from_notebook_node(notebook)
             content = TABLE_STYLE.sub("", content)
+            for name, picture in resources["outputs"].items():
+                files.append(File.generated(config, name, content=picture))
         else:
             content = (ROOT / file).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=content))

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deal_core.config import DataConfig
@@ -386,8 +386,9 @@ LINES = st.one_of(
 
 @settings(SHARED_FIXTURES, max_examples=15)
 @given(lines=st.lists(LINES, max_size=25))
+@example(lines=[{"text": "Ü", "label": "dog"}, {"text": "ü", "label": "dog"}])
 def test_every_row_is_either_kept_or_in_quarantine(pets: Path, lines: list[Any]) -> None:
-    """For any file, the kept rows are exactly the distinct good rows."""
+    """For any file, the kept rows are exactly the distinct good rows, but for those that nearly equal a test row."""
     built = build(write_rows(pets, [*GOOD, *lines]), TASK, LENIENT)
     kept = built.rows()
     assert built.manifest.num_read == 100 + len(lines)
@@ -398,4 +399,11 @@ def test_every_row_is_either_kept_or_in_quarantine(pets: Path, lines: list[Any])
         if isinstance(line, dict) and isinstance(line.get("text"), str) and isinstance(line.get("label"), str)
         if line["text"].strip() and "\x00" not in line["text"] and line["label"].strip().casefold() in ("dog", "cat")
     }
-    assert {(unicodedata.normalize("NFC", row["input"]).split()[0], row["output"].casefold()) for row in kept} == good
+
+    def short(row: dict[str, Any]) -> tuple[str, str]:
+        return unicodedata.normalize("NFC", row["input"]).split()[0], row["output"].casefold()
+
+    near = {short(entry["raw"]) for entry in built.bad if entry["reason"] == "nearly a test row"}
+    tests = {text.casefold() for text, _ in map(short, built.rows("test"))}
+    assert {text.casefold() for text, _ in near} <= tests, "so short texts nearly equal each other by capitals alone"
+    assert {short(row) for row in kept} | near == good
