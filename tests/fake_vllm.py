@@ -165,8 +165,8 @@ class FakeVllm:
         if body.get("stream"):
             return StreamingResponse(self._events(name, body, prompts), media_type="text/event-stream")
         await asyncio.sleep(self.slow_seconds)
-        choices = [{"index": 0, "text": "", "prompt_logprobs": await run_in_threadpool(self._scored, name, prompts[0])}]
-        return JSONResponse({"object": "text_completion", "model": name, "choices": choices})
+        choice = await run_in_threadpool(next, self._pieces(name, body, prompts))
+        return JSONResponse({"object": "text_completion", "model": name, "choices": [choice]})
 
     async def _events(self, name: str, body: dict[str, Any], prompts: list[list[int]]) -> AsyncIterator[str]:
         pieces, num_sent, is_done = self._pieces(name, body, prompts), 0, False
@@ -197,7 +197,7 @@ class FakeVllm:
                 if len(tokens) == self.end_after:
                     log_probs = torch.full_like(log_probs, -100.0)
                     log_probs[self._tokenizer.eos_token_id] = 0.0
-                own = int(log_probs.argmax())
+                (own,) = body.get("allowed_token_ids") or [int(log_probs.argmax())]
                 tokens.append(own)
                 text = self._tokenizer.decode(tokens, skip_special_tokens=True)
                 cuts = [text.index(string) for string in strings if string in text]
@@ -222,13 +222,6 @@ class FakeVllm:
             with self._lock, torch.inference_mode():
                 logits = model(input_ids=torch.tensor([prompt + tokens])).logits[0, -1]
             yield logits.float().log_softmax(-1)
-
-    def _scored(self, name: str, prompt: list[int]) -> list[dict[str, Any] | None]:
-        with self._lock, torch.inference_mode():
-            logits = self._models[name](input_ids=torch.tensor([prompt])).logits[0, :-1]
-        log_probs = logits.float().log_softmax(-1)
-        scored = [row[token].item() for row, token in zip(log_probs, prompt[1:], strict=True)]
-        return [None, *({str(token): {"logprob": value}} for token, value in zip(prompt[1:], scored, strict=True))]
 
 
 def _logged(log_probs: torch.Tensor, own: int, body: dict[str, Any]) -> dict[str, Any] | None:

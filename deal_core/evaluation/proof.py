@@ -63,23 +63,22 @@ class Proof(VersionedJson, what=PROOF_FILE, error=AdapterStateError, version=1):
     base: tuple[float, ...]
     """The same without it."""
 
+    @property
+    def asked(self) -> list[tuple[tuple[int, ...], int]]:
+        """The tokens with the largest |Δ|, each with those before it."""
+        return [(self.texts[text][: place + 1], self.texts[text][place + 1]) for text, place in self.places]
+
     def judge(
-        self,
-        adapter: Sequence[Sequence[float]],
-        base: Sequence[Sequence[float]],
-        base_again: Sequence[Sequence[float]],
+        self, adapter: Sequence[float], base: Sequence[float], base_again: Sequence[float]
     ) -> tuple[Verdict, float]:
         """Say what an engine makes of the adapter, with the residual ‖Δe − Δ‖ / ‖Δ‖.
 
         Args:
-            adapter: Log-probabilities of each text's tokens under the adapter's name, without the first token's.
+            adapter: Log-probabilities of the tokens `asked`, under the adapter's name.
             base: The same under the base model's name.
             base_again: The same once more, which shows the engine's noise.
         """
-        on_adapter, on_base, noisy = (
-            np.array([log_probs[text][place] for text, place in self.places])
-            for log_probs in (adapter, base, base_again)
-        )
+        on_adapter, on_base, noisy = map(np.array, (adapter, base, base_again))
         delta, on_engine = np.subtract(self.adapter, self.base), on_adapter - on_base
         size = float(np.linalg.norm(delta))
         noise = max(LEAST_NOISE, float(np.sqrt(np.mean((noisy - on_base) ** 2))))

@@ -490,7 +490,9 @@ class _Engine:
 async def require_base(client: EngineClient, model: str, fingerprint: Fingerprint, wanted: str) -> None:
     """Raise ConfigError if an engine's base model `model` is not the one `wanted`, by what it makes of a fixed text."""
     try:
-        distance = apart(fingerprint.log_probs, await client.prompt_log_probs(model, fingerprint.tokens))
+        tokens = fingerprint.tokens
+        log_probs = await client.log_probs(model, [(tokens[:place], tokens[place]) for place in range(1, len(tokens))])
+        distance = apart(fingerprint.log_probs, log_probs)
         how = f"their log-probabilities of a fixed text differ by {distance:.2f} on average (at most {MOST_APART:g})"
     except EngineError as error:
         if error.status != 400:  # its vocabulary lacks a token
@@ -517,13 +519,8 @@ async def require_applied(client: EngineClient, base: str, version: OnEngine) ->
             f"Version {version.number} was stored without a proof of its adapter, so nobody knows whether "
             f"{client.shown} applies it. A new version will have one."
         )
-    asked = [
-        client.prompt_log_probs(model, text) for model in (version.name, base, base) for text in version.proof.texts
-    ]
-    log_probs = await asyncio.gather(*asked)
-    num_texts = len(version.proof.texts)
     verdict, residual = version.proof.judge(
-        *(log_probs[start:][:num_texts] for start in range(0, len(asked), num_texts))
+        *[await client.log_probs(model, version.proof.asked) for model in (version.name, base, base)]
     )
     if verdict == "too small":
         return (

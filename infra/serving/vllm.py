@@ -1,4 +1,4 @@
-"""A client of one vLLM server: its models, its adapters, completions and the probabilities of a prompt.
+"""A client of one vLLM server: its models, its adapters, completions and the probabilities of tokens.
 
 A running vLLM server loads adapters if it was started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora
 (https://docs.vllm.ai, LoRA Adapters, "Dynamically serving LoRA Adapters").
@@ -6,6 +6,7 @@ A running vLLM server loads adapters if it was started with VLLM_ALLOW_RUNTIME_L
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import ssl
@@ -26,6 +27,8 @@ ANSWER_SECONDS = 300.0
 KEEP_ALIVE_SECONDS = 3.0
 """Time for which an idle connection is used again. A vLLM server closes it after 5 s."""
 FIRST_PAUSE_SECONDS = 0.5
+MAX_SCORED = 8
+"""Requests at a time that ask for the probability of a token."""
 AWAY = frozenset({429, 502, 503, 504})
 """Status codes of a server or proxy that is starting or too busy."""
 NO_ANSWER = (ValueError, KeyError, IndexError, TypeError, AttributeError)
@@ -180,15 +183,39 @@ class EngineClient:
         except NO_ANSWER:
             raise EngineError(f"{self.shown} gave no completion as vLLM does.") from None
 
-    async def prompt_log_probs(self, model: str, prompt: Sequence[int]) -> list[float]:
-        """Return the log-probability of each token of a prompt after those before it, without the first one's."""
-        body = {"model": model, "prompt": list(prompt), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-        answer = await self._send(f"ask {model}", "POST", "/v1/completions", body)
+    async def log_probs(self, model: str, asked: Sequence[tuple[Sequence[int], int]]) -> list[float]:
+        """Return the log-probability of each token after the tokens before it, in nats.
+
+        Each is a request that allows one token alone: the engine answers it, with its probability among all tokens.
+        `prompt_logprobs` would need one request a text. But vLLM 0.32 with LoRA on a CPU ends on it ("einsum():
+        subscript b has size …") if another request is in the same batch, and its users lose their answers.
+
+        Args:
+            model: Name of the base model or of an adapter.
+            asked: Pairs of the tokens before and the token.
+        """
+        few = asyncio.Semaphore(MAX_SCORED)  # the engine answers its users meanwhile
+
+        async def log_prob(before: Sequence[int], token: int) -> float:
+            only = {"allowed_token_ids": [token], "ignore_eos": True, "max_tokens": 1, "temperature": 0, "logprobs": 0}
+            more = {"return_tokens_as_token_ids": True}
+            body = {"model": model, "prompt": list(before), **only, **more}
+            async with few:
+                answer = await self._send(f"ask {model}", "POST", "/v1/completions", body)
+            try:
+                piece = _piece(answer.json()["choices"][0])
+                if [*piece.tokens] != [token]:
+                    raise ValueError(piece.tokens)
+                return float(piece.log_probs[0])
+            except NO_ANSWER:
+                raise EngineError(f"{self.shown} gave no logprobs of a token as vLLM does.") from None
+
+        scoring = [asyncio.create_task(log_prob(*pair)) for pair in asked]
         try:
-            scored = answer.json()["choices"][0]["prompt_logprobs"][1:]
-            return [float(entry[str(token)]["logprob"]) for token, entry in zip(prompt[1:], scored, strict=True)]
-        except NO_ANSWER:
-            raise EngineError(f"{self.shown} gave no prompt_logprobs as vLLM does.") from None
+            return await asyncio.gather(*scoring)
+        finally:
+            for task in scoring:  # of one that failed, the others are not needed
+                task.cancel()
 
     async def _send(
         self,

@@ -173,6 +173,11 @@ class Front(NamedTuple):
         assert self.engines._first is not None
         return self.engines._first.name
 
+    def is_served_by(self, fake: FakeVllm) -> bool:
+        """Whether an engine has the version that answers, and has proven that it applies it."""
+        first = self.engines._first
+        return first is not None and any(own.has(first) for own in self.engines._engines if own.client.shown == fake.url)
+
 
 def note(**changes: Any) -> dict[str, Any]:
     return {"model": "l/notes", "prompt": ROWS[1].input, **changes}
@@ -424,14 +429,14 @@ def test_of_several_engines_those_that_are_there_answer(tiny_base: Path, engine:
         return [f'deal_engine_up{{engine="{each.url}"}} 1.0' in lines for each in both]
 
     with running(other), front(*both) as found:
-        wait_for(lambda: all(found.name() in each.adapters for each in both) and up(found) == [True, True])
+        wait_for(lambda: all(map(found.is_served_by, both)) and up(found) == [True, True])
         for gone in both:
             gone.stop()
             for _ in range(4):
                 assert found.ask().raise_for_status().json()["choices"][0]["text"] == alone("1").answers[1]
             wait_for(lambda gone=gone: up(found) == [each is not gone for each in both])
             gone.start()
-            wait_for(lambda gone=gone: found.name() in gone.adapters and up(found) == [True, True])
+            wait_for(lambda gone=gone: found.is_served_by(gone) and up(found) == [True, True])
         for each in both:
             each.stop()
         refused = found.ask()

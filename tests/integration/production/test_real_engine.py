@@ -39,7 +39,7 @@ STORY = {
     "data": [{"prompt": f"Tell of the number {n}", "completion": "It was small, and then it grew."} for n in range(40)],
 }
 """One sentence answers all, so that no step of the greedy answer is a close decision."""
-STORY_TRAIN = {"max_steps": 60, "max_answer_tokens": 24}
+STORY_TRAIN = {"max_steps": 200, "max_answer_tokens": 24}
 
 pytestmark = [needs_engine, pytest.mark.nightly(minutes=1.5)]
 

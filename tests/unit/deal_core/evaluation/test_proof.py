@@ -14,6 +14,7 @@ from peft import PeftModel
 from deal_core.adapter.files import PROOF_FILE
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.fingerprint import TEXT, token_log_probs
+from deal_core.base_model.language_model import LanguageModel
 from deal_core.base_model.load import BaseModel
 from deal_core.data.prompts import encode_prompt
 from deal_core.errors import AdapterStateError
@@ -48,14 +49,14 @@ def test_an_engine_passes_if_it_changes_what_the_adapter_changed(
     applied: np.ndarray, noise: float, verdict: Verdict
 ) -> None:
     own_base = BASE + 0.3  # the engine's precision moves both
-    found, residual = PROOF.judge([own_base + applied], [own_base], [own_base + noise])
+    found, residual = PROOF.judge(own_base + applied, own_base, own_base + noise)
     assert found == verdict
     assert verdict != "proven" or residual < 0.1
 
 
 def test_an_adapter_that_changes_nothing_cannot_be_told() -> None:
     small = replace(PROOF, adapter=tuple((BASE + DELTA / 100).tolist()))
-    assert small.judge([BASE], [BASE], [BASE])[0] == "too small"
+    assert small.judge(BASE, BASE, BASE)[0] == "too small"
 
 
 @pytest.fixture
@@ -70,9 +71,13 @@ def test_the_proof_of_an_adapter_is_met_by_this_adapter_and_not_by_the_base_mode
     proof: Proof, base: BaseModel, served_folder: Path, tmp_path: Path
 ) -> None:
     assert len(proof.places) <= NUM_PLACES == 64
-    on_base = [token_log_probs(base.model, text) for text in proof.texts]
+
+    def measured(model: LanguageModel) -> list[float]:
+        return [token_log_probs(model, [*before, token])[-1] for before, token in proof.asked]
+
+    on_base = measured(base.model)
     with adapter_on(base.model, served_folder) as model:
-        on_adapter = [token_log_probs(model, text) for text in proof.texts]
+        on_adapter = measured(model)
     assert proof.judge(on_adapter, on_base, on_base)[0] == "proven"
     assert proof.judge(on_base, on_base, on_base)[0] == "ignored"
     (tmp_path / PROOF_FILE).write_text(json.dumps(proof.to_json()))

@@ -140,8 +140,8 @@ def test_a_server_that_is_no_vllm_is_said(server: str, content: str) -> None:
     Handler.answers = {"/v1/models": [(200, content)], "/v1/completions": [(200, content)]}
     with pytest.raises(EngineError, match="lists no models as vLLM does"):
         call(server, "models")
-    with pytest.raises(EngineError, match="gave no prompt_logprobs as vLLM does"):
-        call(server, "prompt_log_probs", "base", [1, 2])
+    with pytest.raises(EngineError, match="gave no logprobs of a token as vLLM does"):
+        call(server, "log_probs", "base", [([1], 2)])
     Handler.answers["/v1/completions"] = [(200, stream(content))]
     (error,) = pieces_of(server)
     assert isinstance(error, EngineError) and "gave no completion as vLLM does" in str(error)
@@ -173,10 +173,14 @@ def test_pieces_of_a_stream_are_read(server: str) -> None:
     assert "did not ask a: temperature must be" in str(error) and error.status == 400
 
 
-def test_probabilities_of_a_prompt_are_those_of_its_tokens(server: str) -> None:
-    scored = [None, {"5": {"logprob": -1.5}}, {"6": {"logprob": -2.5}, "8": {"logprob": -0.1}}]
-    Handler.answers["/v1/completions"] = [(200, json.dumps({"choices": [{"prompt_logprobs": scored}]}))]
-    assert call(server, "prompt_log_probs", "base", [4, 5, 6]) == [-1.5, -2.5]
-    for wrong in ([4, 5], [4, 6, 5]):
-        with pytest.raises(EngineError, match="prompt_logprobs"):
-            call(server, "prompt_log_probs", "base", wrong)
+def test_the_probability_of_a_token_is_that_of_a_request_which_allows_no_other(server: str) -> None:
+    """A request for the probabilities of a whole prompt ends some engines with all their users' answers."""
+    logged = {"tokens": ["token_id:6"], "token_logprobs": [-2.5], "top_logprobs": [{"token_id:6": -2.5}]}
+    choice = {"index": 0, "text": " b", "logprobs": logged, "finish_reason": "length"}
+    Handler.answers["/v1/completions"] = [(200, json.dumps({"choices": [choice]}))]
+    assert call(server, "log_probs", "base", [([4, 5], 6)]) == [-2.5]
+    sent = Handler.asked[-1][1]
+    assert (sent["prompt"], sent["allowed_token_ids"], sent["max_tokens"]) == ([4, 5], [6], 1)
+    assert "prompt_logprobs" not in sent
+    with pytest.raises(EngineError, match="gave no logprobs of a token"):
+        call(server, "log_probs", "base", [([4, 5], 7)])
