@@ -176,7 +176,7 @@ class Front(NamedTuple):
     def is_served_by(self, fake: FakeVllm) -> bool:
         """Whether an engine has the version that answers, and has proven that it applies it."""
         first = self.engines._first
-        return first is not None and any(own.has(first) for own in self.engines._engines if own.client.shown == fake.url)
+        return first is not None and any(own.has(first) for own in self.engines._engines if own.shown == fake.url)
 
 
 def note(**changes: Any) -> dict[str, Any]:
