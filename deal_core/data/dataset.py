@@ -30,7 +30,7 @@ from deal_core.data.good_rows import chosen, digests_in, good_rows
 from deal_core.data.near_tests import NearTests
 from deal_core.data.reading.batches import RowBatch
 from deal_core.data.reading.readers import read_batches
-from deal_core.data.rows import BadRow, Problem, Reason, RowTally
+from deal_core.data.rows import NEAR, BadRow, Problem, Reason, RowTally
 from deal_core.data.schema import SCHEMA_VERSION, DatasetManifest, Split, TaskSchema, label_key
 from deal_core.data.shapes import completed_task, recognise
 from deal_core.data.source_files import SourceFile, SourceFiles, digests_of, name_of, naming, require_one_kind
@@ -395,7 +395,7 @@ class ArrivalReader:
                 if number:  # a turn is no row of its own
                     input, output = rows.column("input")[offset].as_py(), rows.column("output")[offset].as_py()
                     file = self._files_read[bisect_right(starts, place + offset) - 1][1]
-                    problems = (Problem("nearly a test row", shorten(input)),)
+                    problems = (Problem(NEAR, shorten(input)),)
                     bad = BadRow(file=file, row=number, line=None, problems=problems)
                     counts.add_bad(bad)
                     files.reject(bad, {"input": input, "output": output})
