@@ -1,9 +1,9 @@
 """`--minutes N`: a run of tests that ends in time. No test is started that would not; what is left out is listed.
 
 `@pytest.mark.nightly(minutes=3)` says how long a test may take while others run beside it; without it, one minute.
-Tests of whole stacks of servers come first: one process takes them one after another, the others go on with the rest.
-Then short tests come before long ones, so that as few as possible are left out; of equally long ones, those come first
-that protect most.
+Tests of whole stacks of servers come first, the longest before the others: one process takes them one after another,
+while the others go on with the rest. Then short tests come before long ones, so that as few as possible are left out;
+of equally long ones, those come first that protect most.
 """
 
 from __future__ import annotations
@@ -115,4 +115,6 @@ def _needs_a_stack(nodeid: str) -> bool:
 def _order(item: pytest.Item) -> tuple[bool, float, int]:
     folder = PurePath(item.nodeid.partition("::")[0]).parent.as_posix()
     protects = next((place for place, part in enumerate(PROTECTING) if part in folder), len(PROTECTING))
-    return not _needs_a_stack(item.nodeid), _minutes(item), protects
+    if _needs_a_stack(item.nodeid):  # the longest one first: there would be no time for it at the end
+        return False, -_minutes(item), protects
+    return True, _minutes(item), protects

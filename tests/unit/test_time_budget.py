@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.time_budget import STACKS
 
 ROOT = Path(__file__).parents[2]
-STACK_TESTS = ["test_one_after_another"] * 2 * len(STACKS)
+STACK_TESTS = ["test_longer"] * len(STACKS) + ["test_shorter"] * len(STACKS)
 IN_PROCESSES = ("--numprocesses=2", "--no-loadscope-reorder")
 TESTS = """
 import time
@@ -45,12 +45,18 @@ import os, time
 
 import pytest
 
-@pytest.mark.nightly(minutes=2)
-@pytest.mark.parametrize("number", range(2))
-def test_one_after_another(number):
+def note_process():
     time.sleep(0.2)
     with open("processes", "a") as file:
         print(os.environ.get("PYTEST_XDIST_WORKER"), file=file)
+
+@pytest.mark.nightly(minutes=2)
+def test_shorter():
+    note_process()
+
+@pytest.mark.nightly(minutes=3)
+def test_longer():
+    note_process()
 """
 
 
@@ -86,7 +92,7 @@ def test_stacks_come_first_then_short_tests_and_what_would_not_end_in_time_is_na
 
 def test_several_processes_leave_out_and_say_the_same_and_a_failure_fails_the_run(tmp_path: Path) -> None:
     code, ran, said = run(tmp_path, TESTS + FAILS, "--minutes=200", *IN_PROCESSES)
-    assert (code, sorted(ran)) == (1, [*STACK_TESTS, "test_short", "test_that_fails"])
+    assert (code, sorted(ran)) == (1, sorted([*STACK_TESTS, "test_short", "test_that_fails"]))
     assert said[0] == "2"
     processes = (tmp_path / "processes").read_text().split()
     assert len(processes) == len(STACK_TESTS) and len({*processes}) == 1, "one process takes all stacks"
@@ -95,6 +101,7 @@ def test_several_processes_leave_out_and_say_the_same_and_a_failure_fails_the_ru
 
 def test_without_the_option_everything_runs_in_its_place(tmp_path: Path) -> None:
     code, ran, said = run(tmp_path, TESTS)
-    num_before = len(STACK_TESTS) * sum(name < "test_it.py" for name in STACKS) // len(STACKS)
-    assert (code, ran) == (0, [*STACK_TESTS[:num_before], "test_long", "test_short", *STACK_TESTS[num_before:]])
+    num_before = sum(name < "test_it.py" for name in STACKS)
+    before, after = (["test_shorter", "test_longer"] * number for number in (num_before, len(STACKS) - num_before))
+    assert (code, ran) == (0, [*before, "test_long", "test_short", *after])
     assert "left out" not in said[0]
