@@ -157,11 +157,11 @@ class Home:
             StoreError: The store does not answer.
         """
         from infra.settings import at_place
-        from tasks.context import current_store
+        from infra.store.opening import open_store
         from tasks.progress import reporting_to
 
         with at_place(self.place), reporting_to(self.reporter), quiet_libraries():
-            yield current_store()
+            yield open_store()
 
     def load(self, *modules: str) -> None:
         """Import modules, and undo what Prefect and MLflow do to a caller's process while they are imported.
@@ -323,8 +323,8 @@ class Home:
         self.load("prefect", "infra.tracking.tracker")
         from flows.mlflow import mirror_all
 
-        with self.opened_with_prefect():
-            return in_thread(lambda: asyncio.run(mirror_all(lineages)))
+        with self.opened_with_prefect() as store:
+            return in_thread(lambda: asyncio.run(mirror_all(store, lineages)))
 
     def status(self) -> Status:
         """Return what runs, waits, failed or is damaged: processes, lineages, and the runs of a Prefect server."""
@@ -347,8 +347,8 @@ class Home:
         self.load("prefect")
         from flows.forget import plan_forget
 
-        with self.opened():
-            return plan_forget(arrival)
+        with self.opened() as store:
+            return plan_forget(store, arrival)
 
     def delete(self, arrival: str, *, reason: str = "") -> ForgetResult:
         """Remove an arrival's rows from everything that is stored. `Lineage.relearn` makes its versions again too.
@@ -422,8 +422,9 @@ class Home:
             if sum(map(len, first_rows)) < SCORED_ROWS:
                 first_rows.append(batch)
 
-        with self.opened():
+        with self.opened() as store:
             data = validate(
+                store,
                 spec,
                 task_file,
                 with_model=with_model,
@@ -431,24 +432,26 @@ class Home:
                 on_model=lambda done, total: self.reporter.advanced("labels", done, total),
                 on_rows=keep,
             )
-            arrival = self._score(spec, first_rows) if score and data.accepted else None
+            arrival = self._score(store, spec, first_rows) if score and data.accepted else None
             if not plan or not data.accepted:
                 return CheckedRows(data=data, plan=None, arrival=arrival)
             with self.computing():
                 from tasks.planning import plan as plan_training
 
-                planned = plan_training(spec, device=device, probe=probe, on_progress=self.reporter.stage_started)
+                planned = plan_training(
+                    store, spec, device=device, probe=probe, on_progress=self.reporter.stage_started
+                )
             return CheckedRows(data=data, plan=planned, arrival=arrival)
 
-    def _score(self, spec: AdaptSpec, rows: Sequence[pa.RecordBatch]) -> ScoredArrival | None:
+    def _score(self, store: ObjectStore, spec: AdaptSpec, rows: Sequence[pa.RecordBatch]) -> ScoredArrival | None:
         """Let the champion answer the rows, if it knows their task and its base model is here."""
         from tasks.arrival_check import find_landed, score_rows
 
-        landed = find_landed(spec, rows)
+        landed = find_landed(store, spec, rows)
         if landed is None:
             return None
         with self.computing():
-            return score_rows(landed)
+            return score_rows(store, landed)
 
 
 def in_thread(call: Callable[[], Result]) -> Result:

@@ -230,10 +230,10 @@ class Lineage:
         Raises:
             NoVersionError: The lineage has no version.
         """
-        with self.home.opened_with_prefect():
+        with self.home.opened_with_prefect() as store:
             from tasks.lineage.promotion import find_left_behind
 
-            return find_left_behind(self.name)
+            return find_left_behind(store, self.name)
 
     def requeue(self, *versions: str | int) -> list[AdaptResult]:
         """Learn the arrivals of versions again, in a process of its own; without numbers, all that were left behind.
@@ -278,9 +278,9 @@ class Lineage:
         """
         from tasks.lineage.history import NoVersionError, read_history
 
-        with self.home.opened():
+        with self.home.opened() as store:
             try:
-                return read_history(self.name)
+                return read_history(store, self.name)
             except NoVersionError:
                 if not self.held():
                     raise
@@ -314,12 +314,12 @@ class Lineage:
         from tasks.lineage.reports import save_report
 
         number = str(version)
-        with self.home.opened():
-            entry = next((entry for entry in read_history(self.name) if entry.version == number), None)
+        with self.home.opened() as store:
+            entry = next((entry for entry in read_history(store, self.name) if entry.version == number), None)
             if entry is None:
                 raise no_version(self.name, number)
             file = self.home.folder / "reports" / f"{self.name}-{number}.html" if out is None else Path(out)
-            page = str(save_report(self.name, number, file)) if report else None
+            page = str(save_report(store, self.name, number, file)) if report else None
             return ShownVersion(version=entry, page=page)
 
     def matrix(self) -> AccuracyMatrix:
@@ -420,15 +420,15 @@ class Lineage:
         """Let a task's next arrivals use more labels. For errors see `tasks.lineage.requests.add_labels`."""
         from tasks.lineage.requests import add_labels
 
-        with self.home.opened():
-            return add_labels(self.name, task, labels)
+        with self.home.opened() as store:
+            return add_labels(store, self.name, task, labels)
 
     def renew_tests(self, task: str) -> RenewalResult:
         """Let a task's next arrival bring new test rows. For errors see `tasks.lineage.requests.renew_tests`."""
         from tasks.lineage.requests import renew_tests
 
-        with self.home.opened():
-            return renew_tests(self.name, task)
+        with self.home.opened() as store:
+            return renew_tests(store, self.name, task)
 
     def monitor(self, data: str | os.PathLike[str] | None = None, *, new_reference: bool = False) -> MonitorResult:
         """Compare the champion's live traffic with its test rows: drift, and accuracy (0 to 1). No model is needed.
@@ -476,10 +476,11 @@ class Lineage:
             ConfigError: The lineage does not know the task, or the file exists already.
             RegistryError: The lineage has no champion.
         """
-        with self.home.opened(), self.home.computing():
+        with self.home.opened() as store, self.home.computing():
             from tasks.monitoring.select import select_to_label
 
             return select_to_label(
+                store,
                 task,
                 self.name,
                 data=None if data is None else Path(data),
@@ -498,8 +499,8 @@ class Lineage:
         """
         from tasks.monitoring.feedback import take_feedback_file
 
-        with self.home.opened():
-            return take_feedback_file(Path(file), self.name)
+        with self.home.opened() as store:
+            return take_feedback_file(store, Path(file), self.name)
 
     def export_feedback(self, task: str) -> HarvestResult:
         """Write a task's reviewed right answers into its inbox, as an ordinary file. Each lands once.
@@ -509,8 +510,8 @@ class Lineage:
         """
         from tasks.monitoring.harvest import harvest_feedback
 
-        with self.home.opened():
-            return harvest_feedback(task, self.name)
+        with self.home.opened() as store:
+            return harvest_feedback(store, task, self.name)
 
     # --- answer ---
 
@@ -533,20 +534,20 @@ class Lineage:
         """
         require(task, str | None, "the argument task", "the name of a task")
         asked, number = as_texts(texts), _number(version)
-        with self.home.opened(), self.home.computing():
+        with self.home.opened() as store, self.home.computing():
             from tasks.predict import predict_texts
 
-            return predict_texts(asked, lineage=self.name, task=task, version=number)
+            return predict_texts(store, asked, lineage=self.name, task=task, version=number)
 
     def answer(self, text: str, *, task: str | None = None, version: str | int | None = None) -> Answer:
         """Answer one text, and tell how: the prompt, the first tokens' logits, whether it is a label of the task.
 
         Arguments and errors are those of `predict`.
         """
-        with self.home.opened(), self.home.computing():
+        with self.home.opened() as store, self.home.computing():
             from tasks.predict import predict
 
-            return predict(text, lineage=self.name, task=task, version=_number(version))
+            return predict(store, text, lineage=self.name, task=task, version=_number(version))
 
     def predict_file(
         self,
@@ -573,10 +574,11 @@ class Lineage:
             DataValidationError: The file cannot be read.
             RegistryError: There is no champion, or no such version.
         """
-        with self.home.opened(), self.home.computing():
+        with self.home.opened() as store, self.home.computing():
             from tasks.predict import predict_file
 
             return predict_file(
+                store,
                 Path(data),
                 lineage=self.name,
                 task=task,
@@ -605,10 +607,10 @@ class Lineage:
         Raises:
             RegistryError: The version cannot become champion.
         """
-        with self.home.opened_with_prefect():
+        with self.home.opened_with_prefect() as store:
             from tasks.lineage.promotion import promote_to
 
-            decision = promote_to(self.name, str(version), who=self.home.who, why=why)
+            decision = promote_to(store, self.name, str(version), who=self.home.who, why=why)
         return self._decided(decision, tells)
 
     def rollback(
@@ -623,10 +625,10 @@ class Lineage:
         Raises:
             RegistryError: There is no such version, or the gate has rejected it.
         """
-        with self.home.opened_with_prefect():
+        with self.home.opened_with_prefect() as store:
             from tasks.lineage.promotion import roll_back
 
-            decision = roll_back(self.name, _number(version), who=self.home.who, why=why)
+            decision = roll_back(store, self.name, _number(version), who=self.home.who, why=why)
         return self._decided(decision, tells)
 
     def reject(self, version: str | int, *, why: str, tells: bool = True) -> Decision:
@@ -635,10 +637,10 @@ class Lineage:
         Raises:
             RegistryError: The version is champion, or was rejected already.
         """
-        with self.home.opened_with_prefect():
+        with self.home.opened_with_prefect() as store:
             from tasks.lineage.promotion import reject_version
 
-            decision = reject_version(self.name, str(version), who=self.home.who, why=why)
+            decision = reject_version(store, self.name, str(version), who=self.home.who, why=why)
         return self._decided(decision, tells)
 
     def rollout(self, *, apply: bool = False, tells: bool = True) -> RolloutLook:
@@ -654,12 +656,12 @@ class Lineage:
         if not apply:
             from tasks.monitoring.rollout import RolloutLook, look_at_rollout
 
-            with self.home.opened():
-                return RolloutLook(status=look_at_rollout(self.name))
-        with self.home.opened_with_prefect():
+            with self.home.opened() as store:
+                return RolloutLook(status=look_at_rollout(store, self.name))
+        with self.home.opened_with_prefect() as store:
             from flows.champions import check_rollout
 
-            look = check_rollout(self.name)
+            look = check_rollout(store, self.name)
         if look.decision is not None:
             self._decided(look.decision, tells)
         return look
@@ -672,10 +674,10 @@ class Lineage:
         Raises:
             RegistryError: No version is tried, or it cannot become champion.
         """
-        with self.home.opened_with_prefect():
+        with self.home.opened_with_prefect() as store:
             from flows.champions import finish_rollout
 
-            decision = finish_rollout(self.name, who=self.home.who, why=why)
+            decision = finish_rollout(store, self.name, who=self.home.who, why=why)
         return self._decided(decision, tells)
 
     def abort_rollout(self, *, why: str = "rollout aborted by hand", tells: bool = True) -> Decision:
@@ -686,10 +688,10 @@ class Lineage:
         Raises:
             RegistryError: No version is tried.
         """
-        with self.home.opened_with_prefect():
+        with self.home.opened_with_prefect() as store:
             from flows.champions import abort_rollout
 
-            decision = abort_rollout(self.name, who=self.home.who, why=why)
+            decision = abort_rollout(store, self.name, who=self.home.who, why=why)
         return self._decided(decision, tells)
 
     def tell(self, decision: Decision) -> str:
@@ -701,8 +703,8 @@ class Lineage:
         self.home.load("prefect", "infra.tracking.tracker")
         from flows.promote import tell_once
 
-        with self.home.opened_with_prefect():
-            return in_thread(lambda: tell_once(decision))
+        with self.home.opened_with_prefect() as store:
+            return in_thread(lambda: tell_once(store, decision))
 
     # --- give away ---
 
@@ -719,10 +721,10 @@ class Lineage:
             IntegrityError: The export answers otherwise than the served version; nothing was written.
             RegistryError: The version may not leave: it was rejected, waits for a person, or learned from deleted rows.
         """
-        with self.home.opened(), self.home.computing():
+        with self.home.opened() as store, self.home.computing():
             from tasks.serving.export import export_version
 
-            return export_version(self.name, str(version), to, os.fspath(out))
+            return export_version(store, self.name, str(version), to, os.fspath(out))
 
     def publish(
         self, version: str | int | None, folder: str | os.PathLike[str], *, base_model: str | None = None
@@ -742,8 +744,8 @@ class Lineage:
         from infra.settings import EngineSettings
         from tasks.serving.publish import publish
 
-        with self.home.opened():
-            return publish(self.name, Path(folder), EngineSettings(), version=_number(version), model=base_model)
+        with self.home.opened() as store:
+            return publish(store, self.name, Path(folder), EngineSettings(), version=_number(version), model=base_model)
 
     # --- make versions again ---
 
@@ -752,8 +754,8 @@ class Lineage:
         self.home.load("prefect")
         from flows.consolidate import plan
 
-        with self.home.opened():
-            return plan(self.name, start)
+        with self.home.opened() as store:
+            return plan(store, self.name, start)
 
     def consolidate(self, start: Start | None = None) -> AdaptResult:
         """Learn what is left of all arrivals together, as one version that the gate judges against the champion.
@@ -779,8 +781,8 @@ class Lineage:
         self.home.load("prefect")
         from flows.rebase import plan_rebase
 
-        with self.home.opened():
-            return plan_rebase(self.name, resolve_base(base, Path.cwd()), who=self.home.who)
+        with self.home.opened() as store:
+            return plan_rebase(store, self.name, resolve_base(base, Path.cwd()), who=self.home.who)
 
     def rebase(
         self, base: str, *, skip_rejected: bool = False, accept_lost: bool = False, engines: Sequence[str] = ()
@@ -823,8 +825,8 @@ class Lineage:
         self.home.load("prefect")
         from flows.relearn import plan_relearn
 
-        with self.home.opened():
-            return plan_relearn(self.name, arrival, stops_serving=stops_serving, who=self.home.who)
+        with self.home.opened() as store:
+            return plan_relearn(store, self.name, arrival, stops_serving=stops_serving, who=self.home.who)
 
     def relearn(
         self,

@@ -17,6 +17,7 @@ from prefect import flow
 from flows.adapt import begin
 from flows.adapt_result import AdaptResult
 from flows.lock import lock_lineage
+from infra.store.opening import open_store
 from tasks.adaptation.evaluate import evaluate_version
 from tasks.adaptation.gate import judge_version
 from tasks.adaptation.train import train_version
@@ -27,7 +28,7 @@ from tasks.spec import AdaptSpec, read_spec
 async def try_out(spec: AdaptSpec) -> str:
     """Say in one line whether the gate would accept what the lineage learns from an arrival."""
     async with lock_lineage(spec.lineage):  # no other run works on the lineage meanwhile
-        prepared = await begin(spec)  # the parent, the rows, the base model
+        prepared = await begin(open_store(), spec)  # the parent, the rows, the base model
         if isinstance(prepared, AdaptResult):  # nothing is trained, for example since the rows were learned before
             return prepared.message
         trained = await train_version(prepared)

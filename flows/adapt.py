@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Annotated, Any
 
 from prefect import flow
+from pydantic import BeforeValidator
 
 from deal_core.errors import in_one_line
 from deal_core.safe_text import listed
@@ -19,6 +21,8 @@ from flows.adapt_result import AdaptResult, adapted, held, repeated, skipped
 from flows.lock import lock_lineage
 from infra.branches import Head
 from infra.run_journal import RunJournal
+from infra.store.base import ObjectStore
+from infra.store.opening import open_store
 from infra.versions import Version, Versions
 from tasks.adaptation.consolidate import plan_rows
 from tasks.adaptation.evaluate import evaluate_version
@@ -32,7 +36,6 @@ from tasks.adaptation.resume import changed_since, find_parent, read_findings
 from tasks.adaptation.run import AdaptationRun, failing, find_repeat, load_base, plan_run, remove_work, start_run
 from tasks.adaptation.train import CONSOLIDATION_STRATEGY, train_version
 from tasks.arrival_check import remark_on
-from tasks.context import current_store
 from tasks.lineage.branch import require_no_branch
 from tasks.lineage.choices import choose_adapter, choose_strategy
 from tasks.lineage.consolidation import Start
@@ -40,13 +43,22 @@ from tasks.lineage.datasets import drop_training_rows
 from tasks.lineage.held import end_hold
 from tasks.lineage.record import read_record
 from tasks.lineage.retrain import DEFAULT_POLICY, RetrainPolicy
-from tasks.lineage.settings import AskedSpec
+from tasks.lineage.settings import over_stored
 from tasks.mlflow_mirror import sync_lineage
 from tasks.notices import announce_version, announcing_failure
 from tasks.progress import Interrupted, in_stage, reporter, stage_times, time_stages, to_the_end
 from tasks.spec import AdaptSpec
 
 logger = logging.getLogger(__name__)
+
+
+def _fill_in(spec: Any) -> Any:
+    """Put a mapping over the lineage's file. An AdaptSpec is complete."""
+    return over_stored(open_store(), spec) if isinstance(spec, Mapping) else spec
+
+
+AskedSpec = Annotated[AdaptSpec, BeforeValidator(_fill_in)]
+"""A spec as the flow's parameter. Missing settings come from the lineage's file when the run starts."""
 
 
 @flow(name="adapt", flow_run_name="adapt-{spec.lineage}-{spec.task.name}")
@@ -62,18 +74,20 @@ async def adapt(spec: AskedSpec, again: bool = False) -> AdaptResult:
         ConfigError: The spec contradicts the lineage.
         DataValidationError: The whole file is refused.
     """
-    await asyncio.to_thread(require_no_branch, current_store(), spec.lineage)  # its run may hold the lineage for long
+    store = open_store()
+    await asyncio.to_thread(require_no_branch, store, spec.lineage)  # its run may hold the lineage for long
     async with lock_lineage(spec.lineage):
-        return await learn(spec, again=again)
+        return await learn(store, spec, again=again)
 
 
 @flow(name="adapt-arrival", flow_run_name="adapt-{spec.lineage}-{spec.task.name}")
 async def adapt_locked(spec: AdaptSpec, retrain: RetrainPolicy = DEFAULT_POLICY) -> AdaptResult:
     """Learn one arrival as `adapt` does, unless `retrain` lets it be skipped. The caller holds the lineage."""
-    return await learn(spec, retrain=retrain)
+    return await learn(open_store(), spec, retrain=retrain)
 
 
 async def learn(
+    store: ObjectStore,
     spec: AdaptSpec,
     head: Head | None = None,
     *,
@@ -84,14 +98,15 @@ async def learn(
 ) -> AdaptResult:
     """Make the next version of a head, and announce a failure. For the arguments see `begin`."""
     async with announcing_failure(spec.lineage, spec.task.name if together is None else None):
-        prepared = await begin(spec, head, again=again, retrain=retrain, together=together, relearns=relearns)
+        prepared = await begin(store, spec, head, again=again, retrain=retrain, together=together, relearns=relearns)
         if isinstance(prepared, AdaptResult):
-            drop_training_rows(current_store(), prepared.dataset.uri)
+            drop_training_rows(store, prepared.dataset.uri)
             return prepared
-        return await finish(prepared)
+        return await finish(store, prepared)
 
 
 async def begin(
+    store: ObjectStore,
     spec: AdaptSpec,
     head: Head | None = None,
     *,
@@ -103,6 +118,7 @@ async def begin(
     """Do all that comes before the training. The caller holds the lineage.
 
     Args:
+        store: The store, which has the lineage. The stages open it themselves.
         spec: The arrival, the lineage and the settings. A consolidation uses the settings alone.
         head: What the new version continues; None: the champion.
         again: Train even if the lineage has learned this arrival.
@@ -115,7 +131,7 @@ async def begin(
         champion answers the arrival well enough, or the arrival's labels disagree with the champion.
     """
     time_stages()
-    store, head = current_store(), head or Head(lineage=spec.lineage)
+    head = head or Head(lineage=spec.lineage)
     parent = await find_parent(head)
     record = read_record(store, parent) if parent else None
     adapter, strategy = choose_adapter(spec, record), choose_strategy(spec, record)
@@ -125,7 +141,7 @@ async def begin(
     if together is not None:
         assert parent is not None and record is not None, "its caller has found the champion"
         if parent.is_consolidation:  # such as one whose run was killed, and is complete now
-            return repeated(parent, read_findings(parent.adapter_uri).dataset)
+            return repeated(parent, read_findings(store, parent.adapter_uri).dataset)
         plan = await plan_rows(parent, record, together, spec)
         dataset = plan.as_dataset(record.matrix.trained[-1])
     elif head.branch is not None:
@@ -136,13 +152,14 @@ async def begin(
     _say(dataset.warnings)
     # Before the base model is loaded: most repeats are known by their rows alone. A branch repeats on purpose.
     may_repeat = plan is None and head.branch is None
-    if may_repeat and (version := await in_stage("repeat", find_repeat, dataset, spec.lineage, again)):
+    if may_repeat and (version := await in_stage("repeat", find_repeat, store, dataset, spec.lineage, again)):
         return repeated(version, dataset)
 
     base = await load_base(spec, record, adapter, CONSOLIDATION_STRATEGY if plan else strategy)
     adaptation = await in_stage(
         "repeat",
         plan_run,
+        store,
         again=again,
         head=head,
         spec=spec,
@@ -170,20 +187,20 @@ async def begin(
                 return skipped(adaptation)
             disagrees = tested.score.verdict == "labels disagree" and not tested.score.is_released
             if disagrees and spec.gate.arrival == "hold":
-                return held(adaptation, await to_the_end(hold_arrival, adaptation))
+                return held(adaptation, await to_the_end(hold_arrival, store, adaptation))
 
     await start_run(adaptation)
     return adaptation
 
 
-async def finish(adaptation: AdaptationRun) -> AdaptResult:
+async def finish(store: ObjectStore, adaptation: AdaptationRun) -> AdaptResult:
     """Run the stages from training to report, and what follows them.
 
     A report that fails does not fail the run: the version is registered, and may serve already.
     """
-    store, spec, run = current_store(), adaptation.spec, adaptation.run
-    with failing(run):
-        notes = changed_since(adaptation.parent, spec) if adaptation.parent else ()
+    spec, run = adaptation.spec, adaptation.run
+    with failing(store, run):
+        notes = changed_since(store, adaptation.parent, spec) if adaptation.parent else ()
         notes += (remark_on(adaptation.tested),) if adaptation.tested else ()
         _say(notes)
         trained = await train_version(adaptation)

@@ -29,10 +29,10 @@ from infra.branches import (
 from infra.promotions import PromotionLog
 from infra.run_journal import RunJournal
 from infra.store.base import ObjectStore
+from infra.store.opening import open_store
 from infra.versions import Version, Versions
 from tasks.adaptation.ingest import needs_retained_rows
 from tasks.adaptation.resume import finish_newest, read_findings
-from tasks.context import current_store
 from tasks.lineage.branch import require_no_branch, require_unmoved, serve_again
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
@@ -132,14 +132,14 @@ def require_quiet(store: ObjectStore, lineage: str) -> Version:
     return champion
 
 
-def begin(branch: Branch, *, accept_lost: bool) -> None:
+def begin(store: ObjectStore, branch: Branch, *, accept_lost: bool) -> None:
     """Store a branch, if it is not open already.
 
     Raises:
         ConfigError: Arrivals cannot be learned again, and nobody has accepted that.
         RegistryError: Another process was faster.
     """
-    branches = Branches(current_store())
+    branches = Branches(store)
     if branch.lost and not accept_lost and branches.open(branch.lineage) != branch:
         what = "; ".join(f"{each.task} of version {each.version}: {each.why}" for each in branch.lost)
         raise ConfigError(
@@ -150,7 +150,7 @@ def begin(branch: Branch, *, accept_lost: bool) -> None:
         raise RegistryError(f"Another process has just begun a branch of '{branch.lineage}'; look: deal status.")
 
 
-async def grow(branch: Branch, *, skip_rejected: bool) -> Version | str:
+async def grow(store: ObjectStore, branch: Branch, *, skip_rejected: bool) -> Version | str:
     """Learn the arrivals of a branch that are not learned yet; return its tip, or why it stopped.
 
     The caller holds the lineage. A version that its gate rejects, or a file that is refused, stops the branch; with
@@ -159,7 +159,7 @@ async def grow(branch: Branch, *, skip_rejected: bool) -> Version | str:
     Raises:
         ChampionMovedError: A person has moved the champion since the branch began.
     """
-    store, lineage, head = current_store(), branch.lineage, Head(lineage=branch.lineage, branch=branch.number)
+    lineage, head = branch.lineage, Head(lineage=branch.lineage, branch=branch.number)
     await to_the_end(finish_newest, store, lineage)
     go_on = f"Go on without it: {branch.command} --skip-rejected"
     # A killed process may have written no end after the swap; nothing is learned any more.
@@ -171,7 +171,7 @@ async def grow(branch: Branch, *, skip_rejected: bool) -> Version | str:
             reporter().said(f"Branch {branch.number} of {lineage}, arrival {place} of {len(arrivals)}: {task}")
             before = find_version(store, lineage, number)
             try:
-                result = await learn(_spec_of(store, branch, before), head, relearns=before)
+                result = await learn(store, _spec_of(store, branch, before), head, relearns=before)
             except DataValidationError as error:
                 if not skip_rejected:
                     refused = f"the arrival of version {number} ({task}) is refused"
@@ -193,13 +193,13 @@ def _spec_of(store: ObjectStore, branch: Branch, version: Version) -> AdaptSpec:
         "strategy": record.strategy,
         "adapter": record.adapter,
     }
-    spec = parse(AdaptSpec, read_findings(version.adapter_uri).spec, f"version {version.version}")
+    spec = parse(AdaptSpec, read_findings(store, version.adapter_uri).spec, f"version {version.version}")
     return spec.model_copy(update=settled)
 
 
-def remade_by(branch: Branch) -> tuple[Remade, ...]:
+def remade_by(store: ObjectStore, branch: Branch) -> tuple[Remade, ...]:
     """Return what a branch has made, in the order of its arrivals."""
-    made = made_by(branch, Versions(current_store()).all(branch.lineage))
+    made = made_by(branch, Versions(store).all(branch.lineage))
     return tuple(
         Remade(
             version=version.version,
@@ -213,14 +213,15 @@ def remade_by(branch: Branch) -> tuple[Remade, ...]:
     )
 
 
-def stopped(branch: Branch, why: str, **compared: Any) -> BranchResult:
+def stopped(store: ObjectStore, branch: Branch, why: str, **compared: Any) -> BranchResult:
     """Return that a branch was not swapped in, why, and what to do."""
     message = f"Nothing was swapped: {why.rstrip('.')}. Give up with: deal lineage branch {branch.lineage} --give-up."
     champion = None if branch.stops_serving else branch.champion
-    return _result(branch, status="stopped", message=message, champion=champion, **compared)
+    return _result(store, branch, status="stopped", message=message, champion=champion, **compared)
 
 
 def swapped(
+    store: ObjectStore,
     branch: Branch,
     tip: Version,
     who: str,
@@ -229,16 +230,18 @@ def swapped(
     **compared: Any,
 ) -> BranchResult:
     """Store that a branch was swapped in, and return it."""
-    made = remade_by(branch)
+    made = remade_by(store, branch)
     end = BranchEnd(outcome="swapped", who=who, tip=tip.version, made=made, attestation=attestation)
-    Branches(current_store()).end(branch, end)
-    champion = Versions(current_store()).champion(branch.lineage)  # a person may have gone back since
+    Branches(store).end(branch, end)
+    champion = Versions(store).champion(branch.lineage)  # a person may have gone back since
     number = champion.version if champion else None
-    return _result(branch, status="swapped", message=message, champion=number, attestation=attestation, **compared)
+    return _result(
+        store, branch, status="swapped", message=message, champion=number, attestation=attestation, **compared
+    )
 
 
-def _result(branch: Branch, **facts: Any) -> BranchResult:
-    return BranchResult(lineage=branch.lineage, branch=branch, made=remade_by(branch), **facts)
+def _result(store: ObjectStore, branch: Branch, **facts: Any) -> BranchResult:
+    return BranchResult(lineage=branch.lineage, branch=branch, made=remade_by(store, branch), **facts)
 
 
 @flow(name="give-up-branch", flow_run_name="give-up-branch-{lineage}")
@@ -250,7 +253,7 @@ async def give_up(lineage: str, who: str = "a deployment") -> KnownBranch:
     Raises:
         RegistryError: The lineage has no open branch.
     """
-    store = current_store()
+    store = open_store()
     async with lock_lineage(lineage):
         branch = Branches(store).open(lineage)
         if branch is None:
@@ -258,9 +261,9 @@ async def give_up(lineage: str, who: str = "a deployment") -> KnownBranch:
         if is_swapped(branch, PromotionLog(store).moves(lineage)):
             raise RegistryError(f"The branch was swapped in, and only its end is missing. Go on with: {branch.command}")
         serve_again(store, branch, who)
-        end = BranchEnd(outcome="given up", who=who, made=remade_by(branch))
+        end = BranchEnd(outcome="given up", who=who, made=remade_by(store, branch))
         Branches(store).end(branch, end)
     if (rows := branch.deleted) is not None and find_tombstone(store, rows.task, [rows.sha256]) is not None:
         await forget(rows.sha256)  # what was logged of the rows while the branch was open goes too
-    await mirror(lineage)
+    await mirror(store, lineage)
     return KnownBranch(branch=branch, end=end)

@@ -11,9 +11,10 @@ from prefect import flow
 from deal_core.errors import DealError, in_one_line
 from flows.promote import tell
 from infra.promotions import Decision, PromotionLog
+from infra.store.base import ObjectStore
+from infra.store.opening import open_store
 from infra.versions import ROLLOUT, Versions
 from tasks.adaptation.evaluate import score_version
-from tasks.context import current_store
 from tasks.lineage.history import find_version, known_lineages
 from tasks.lineage.promotion import promote_to, reject_version
 from tasks.monitoring.harvest import HarvestResult, harvest_feedback
@@ -26,16 +27,17 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
-def has_champion(lineage: str) -> bool:
+def has_champion(store: ObjectStore, lineage: str) -> bool:
     """Return whether a lineage has a champion."""
-    return Versions(current_store()).champion(lineage) is not None
+    return Versions(store).champion(lineage) is not None
 
 
 async def for_each(
+    store: ObjectStore,
     lineages: Sequence[str],
     act: Callable[[str], Awaitable[Result]],
     failure: str,
-    is_due: Callable[[str], bool] = has_champion,
+    is_due: Callable[[ObjectStore, str], bool] = has_champion,
 ) -> list[Result]:
     """Call `act` for each named lineage, one after another; without names, for every one for which `is_due` is true.
 
@@ -44,11 +46,11 @@ async def for_each(
     Raises:
         DealError: Calls failed; it says of which lineages, and why. `failure` says what: "could not be scored".
     """
-    names = lineages or known_lineages(current_store())
+    names = lineages or known_lineages(store)
     results, failed = [], []
     for name in names:
         try:
-            if lineages or is_due(name):
+            if lineages or is_due(store, name):
                 results.append(await act(name))
         except Interrupted:
             raise
@@ -78,8 +80,9 @@ async def evaluate(lineage: str, version: str | None = None) -> EvaluateResult:
         RegistryError: There is no such version.
     """
     time_stages()
-    scored = find_version(current_store(), lineage, version)
-    scores = await in_stage("evaluate", score_version, scored)
+    store = open_store()
+    scored = find_version(store, lineage, version)
+    scores = await in_stage("evaluate", score_version, store, scored)
     stage_done("evaluate", f"{sum(scores.num_rows.values())} rows")
     for task, value in scores.accuracies.items():
         if (before := scores.recorded.get(task, 0.0)) > value:
@@ -98,7 +101,7 @@ async def evaluate_champions(lineages: tuple[str, ...] = ()) -> list[EvaluateRes
     Args:
         lineages: Their names; empty: all lineages that have a champion.
     """
-    return await for_each(lineages, lambda name: evaluate(name), "could not be scored")
+    return await for_each(open_store(), lineages, lambda name: evaluate(name), "could not be scored")
 
 
 @flow(name="monitor", flow_run_name="monitor-{lineage}")
@@ -111,7 +114,7 @@ async def monitor(lineage: str, data: str | None = None, new_reference: bool = F
         new_reference: Compare with the present live rows from now on, until another version is champion.
     """
     time_stages()
-    result = await in_stage("compare", look_at, lineage, data, new_reference)
+    result = await in_stage("compare", look_at, open_store(), lineage, data, new_reference)
     left_out = f"; {result.num_faulty} rows cannot be read and were left out" if result.num_faulty else ""
     stage_done("compare", (result.problem or f"{result.num_rows} rows of version {result.version}") + left_out)
     for alarm in result.new_alarms:
@@ -126,49 +129,52 @@ async def monitor_lineages(lineages: tuple[str, ...] = ()) -> list[MonitorResult
     Args:
         lineages: Their names; empty: all lineages that have a champion.
     """
-    return await for_each(lineages, lambda name: monitor(name), "could not be looked at")
+    return await for_each(open_store(), lineages, lambda name: monitor(name), "could not be looked at")
 
 
 @flow(name="rollouts")
 async def rollouts() -> list[RolloutLook]:
     """Look at all open rollouts, one after another, and end those that are decided."""
-    log = PromotionLog(current_store())
+    store = open_store()
+    log = PromotionLog(store)
 
     async def check(name: str) -> RolloutLook:
-        result = check_rollout(name)
+        result = check_rollout(store, name)
         if result.decision is not None:
-            await tell(result.decision)
+            await tell(store, result.decision)
         return result
 
-    return await for_each((), check, "could not be looked at", lambda name: log.open_rollout(name) is not None)
+    return await for_each(
+        store, (), check, "could not be looked at", lambda _, name: log.open_rollout(name) is not None
+    )
 
 
-def check_rollout(lineage: str) -> RolloutLook:
+def check_rollout(store: ObjectStore, lineage: str) -> RolloutLook:
     """Make the version that is tried the champion, reject it, or let its rollout go on.
 
     Raises:
         RegistryError: The champion has changed meanwhile, or the version cannot become champion.
     """
-    status = look_at_rollout(lineage)
+    status = look_at_rollout(store, lineage)
     if status.version is None or status.report is None or status.report.verdict == "goes on":
         return RolloutLook(status=status)
     why = f"{status.report.kind}: {'; '.join(status.report.reasons)}"
     if status.report.verdict == "abort":
-        decision = reject_version(lineage, status.version, who=ROLLOUT, why=why)
+        decision = reject_version(store, lineage, status.version, who=ROLLOUT, why=why)
     else:
-        run = find_version(current_store(), lineage, status.version).run_key
-        decision = promote_to(lineage, status.version, who=ROLLOUT, why=why, run=run)
+        run = find_version(store, lineage, status.version).run_key
+        decision = promote_to(store, lineage, status.version, who=ROLLOUT, why=why, run=run)
     return RolloutLook(status=status, decision=decision)
 
 
-def finish_rollout(lineage: str, *, who: str, why: str) -> Decision:
+def finish_rollout(store: ObjectStore, lineage: str, *, who: str, why: str) -> Decision:
     """Make the version that is tried on live traffic the champion, whatever the figures say."""
-    return promote_to(lineage, require_open(current_store(), lineage).version, who=who, why=why)
+    return promote_to(store, lineage, require_open(store, lineage).version, who=who, why=why)
 
 
-def abort_rollout(lineage: str, *, who: str, why: str) -> Decision:
+def abort_rollout(store: ObjectStore, lineage: str, *, who: str, why: str) -> Decision:
     """Reject the version that is tried on live traffic."""
-    return reject_version(lineage, require_open(current_store(), lineage).version, who=who, why=why)
+    return reject_version(store, lineage, require_open(store, lineage).version, who=who, why=why)
 
 
 @flow(name="harvest", flow_run_name="harvest-{task}")
@@ -179,7 +185,7 @@ def harvest(task: str, lineage: str = "default") -> HarvestResult:
         task: The task.
         lineage: The lineage whose champion answered.
     """
-    result = harvest_feedback(task, lineage)
+    result = harvest_feedback(open_store(), task, lineage)
     landed = f"{result.num_rows} rows landed as {result.key}" if result.key else "nothing to harvest"
     reporter().said(f"Feedback on {task} of {lineage}: {landed}.")
     return result

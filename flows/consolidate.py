@@ -17,11 +17,11 @@ from flows.lock import lock_lineage
 from infra.branches import Head
 from infra.lineage_state import read_ended, read_state
 from infra.store.base import ObjectStore
+from infra.store.opening import open_store
 from infra.versions import Version, Versions, champion_of
 from tasks.adaptation.consolidate import plan_consolidation
 from tasks.adaptation.resume import find_parent, read_findings
 from tasks.arrival_states import is_of
-from tasks.context import current_store
 from tasks.inbox import Arrival, InboxLook
 from tasks.lineage.consolidation import ConsolidationPlan, Start, spent_by, why_due
 from tasks.lineage.history import find_version
@@ -31,13 +31,13 @@ from tasks.notices import announcing_failure
 from tasks.spec import AdaptSpec, parse
 
 
-def plan(lineage: str, start: Start | None = None) -> ConsolidationPlan:
+def plan(store: ObjectStore, lineage: str, start: Start | None = None) -> ConsolidationPlan:
     """Return what `consolidate` would learn; change nothing. For the arguments and errors see there."""
-    store = current_store()
     champion = find_version(store, lineage, None)
     settings = stored_lineage(store, lineage)
     record = read_record(store, champion)
-    return plan_consolidation(champion, record, start or _start_of(settings), _spec_of(champion, settings))
+    spec = _spec_of(store, champion, settings)
+    return plan_consolidation(store, champion, record, start or _start_of(settings), spec)
 
 
 @flow(name="consolidate", flow_run_name="consolidate-{lineage}")
@@ -54,24 +54,26 @@ async def consolidate(lineage: str, start: Start | None = None) -> AdaptResult:
         ConfigError: The lineage cannot be consolidated.
         RegistryError: It has no champion.
     """
-    store = current_store()
+    store = open_store()
     async with lock_lineage(lineage):
         settings = stored_lineage(store, lineage)
-        return await learn_together(lineage, start or _start_of(settings), settings)
+        return await learn_together(store, lineage, start or _start_of(settings), settings)
 
 
 @flow(name="consolidate-due", flow_run_name="consolidate-{spec.lineage}")
 async def consolidate_locked(spec: WatchedLineage) -> AdaptResult:
     """Do what `consolidate` does, by the settings of a watch that holds the lineage."""
-    return await learn_together(spec.lineage, spec.consolidate.start, spec)
+    return await learn_together(open_store(), spec.lineage, spec.consolidate.start, spec)
 
 
-async def learn_together(lineage: str, start: Start, settings: WatchedLineage | None) -> AdaptResult:
+async def learn_together(
+    store: ObjectStore, lineage: str, start: Start, settings: WatchedLineage | None
+) -> AdaptResult:
     """Consolidate a lineage, and announce a failure. The caller holds the lineage."""
     async with announcing_failure(lineage, None):
         await find_parent(Head(lineage=lineage))  # the champion may change: a run that was killed is completed
-        spec = _spec_of(find_version(current_store(), lineage, None), settings)
-    return await learn(spec, together=start)
+        spec = _spec_of(store, find_version(store, lineage, None), settings)
+    return await learn(store, spec, together=start)
 
 
 class ConsolidationLook(NamedTuple):
@@ -115,7 +117,7 @@ def _start_of(settings: WatchedLineage | None) -> Start:
     return (settings or WatchedLineage()).consolidate.start
 
 
-def _spec_of(champion: Version, settings: WatchedLineage | None) -> AdaptSpec:
+def _spec_of(store: ObjectStore, champion: Version, settings: WatchedLineage | None) -> AdaptSpec:
     """The settings of a consolidation; its task is that of the champion's arrival, which only names it."""
-    before = parse(AdaptSpec, read_findings(champion.adapter_uri).spec, f"version {champion.version}")
+    before = parse(AdaptSpec, read_findings(store, champion.adapter_uri).spec, f"version {champion.version}")
     return before if settings is None else settings.with_task(before.task)

@@ -16,7 +16,7 @@ from infra.log_batches import BATCH_SECONDS
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.keys import parse_dataset_file, top_of
-from tasks.context import current_store
+from infra.store.opening import open_store
 from tasks.housekeeping.arrivals import KnownArrival, find_arrival
 from tasks.housekeeping.forgetting import ForgetPlan, forget_held, plan_forgetting, silence_notes
 from tasks.housekeeping.garbage import list_logged_lineages
@@ -34,13 +34,13 @@ class ForgetResult(BaseModel, frozen=True):
     """Lineages whose reports in MLflow may still quote the rows, because MLflow did not answer."""
 
 
-def plan_forget(named: str) -> ForgetPlan:
+def plan_forget(store: ObjectStore, named: str) -> ForgetPlan:
     """Return what `forget` would remove; change nothing.
 
     Args:
+        store: The store, which has the arrival.
         named: Digest of the dataset, its first characters, or the key under which the arrival landed.
     """
-    store = current_store()
     return plan_forgetting(store, find_arrival(store, named))
 
 
@@ -64,7 +64,7 @@ async def forget(named: str, reason: str = "") -> ForgetResult:
         ConfigError: There is no such arrival, or more than one.
         StoreError: The store does not answer, or a version, a journal or rows in it are damaged.
     """
-    store = current_store()
+    store = open_store()
     arrival = find_arrival(store, named)
     plan = plan_forgetting(store, arrival)
     _note(store, arrival, plan, reason)

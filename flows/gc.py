@@ -12,7 +12,7 @@ from deal_core.errors import ConfigError, DealError
 from flows.lock import LineageBusyError, lock_lineage
 from infra.disk import disk_full
 from infra.settings import ServingSettings
-from tasks.context import current_store
+from infra.store.opening import open_store
 from tasks.housekeeping import garbage
 from tasks.housekeeping.garbage import Removal
 from tasks.progress import raise_if_stopped, reporter
@@ -51,7 +51,7 @@ async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool 
         DealError: In a run of a server: not everything could be removed.
     """
     limit, now = parse_age(older_than), datetime.now(UTC)
-    store = current_store()
+    store = open_store()
     known, logged = garbage.list_all_lineages(store), garbage.list_logged_lineages(store)
     if lineage is not None and lineage not in {*known, *logged}:
         raise ConfigError(f"There is no lineage {lineage!r} here; known are: {', '.join(known) or 'none'}.")

@@ -12,6 +12,8 @@ from deal_core.errors import in_one_line
 from deal_core.safe_text import listed
 from flows.mlflow import mirror
 from infra.promotions import Decision
+from infra.store.base import ObjectStore
+from infra.store.opening import open_store
 from tasks.lineage.promotion import (
     Verdict,
     announce_decision,
@@ -29,24 +31,27 @@ Stated = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, m
 @flow(name="promote", flow_run_name="promote-{lineage}-{version}")
 async def promote(lineage: str, version: str, who: str = "a deployment", why: str = "asked for") -> Decision:
     """Make the next version of a lineage its champion; see `promote_to`."""
-    done = promote_to(lineage, version, who=who, why=why)
-    await tell(done)
+    store = open_store()
+    done = promote_to(store, lineage, version, who=who, why=why)
+    await tell(store, done)
     return done
 
 
 @flow(name="rollback", flow_run_name="rollback-{lineage}")
 async def rollback(lineage: str, to: str | None = None, who: str = "a deployment", why: str = "asked for") -> Decision:
     """Make an earlier version of a lineage its champion; see `roll_back`."""
-    done = roll_back(lineage, to, who=who, why=why)
-    await tell(done)
+    store = open_store()
+    done = roll_back(store, lineage, to, who=who, why=why)
+    await tell(store, done)
     return done
 
 
 @flow(name="reject", flow_run_name="reject-{lineage}-{version}")
 async def reject(lineage: str, version: str, why: str, who: str = "a deployment") -> Decision:
     """Reject a version, so that it can never become champion; see `reject_version`."""
-    done = reject_version(lineage, version, who=who, why=why)
-    await tell(done)
+    store = open_store()
+    done = reject_version(store, lineage, version, who=who, why=why)
+    await tell(store, done)
     return done
 
 
@@ -64,18 +69,19 @@ async def decide(lineage: str, version: str, verdict: Verdict, why: Stated, who:
     Raises:
         RegistryError: The version does not wait for a person any more, or cannot become champion.
     """
-    done = decide_on(lineage, version, verdict, who=who, why=why)
-    await tell(done)
+    store = open_store()
+    done = decide_on(store, lineage, version, verdict, who=who, why=why)
+    await tell(store, done)
     return done
 
 
-async def tell(done: Decision) -> None:
+async def tell(store: ObjectStore, done: Decision) -> None:
     """Announce what was decided, and bring MLflow in step. Nothing that fails here undoes the decision."""
-    announce_decision(done)
-    await mirror(done.lineage)
+    announce_decision(store, done)
+    await mirror(store, done.lineage)
 
 
-def tell_once(done: Decision) -> str:
+def tell_once(store: ObjectStore, done: Decision) -> str:
     """Do the same for a command, which does not wait for a server that is away.
 
     Return what could not be told, in one line; empty if all was told.
@@ -83,13 +89,13 @@ def tell_once(done: Decision) -> str:
     away = why_server_is_away()
     remarks = []
     try:
-        untold = announce_decision(done, to_server=away is None)
+        untold = announce_decision(store, done, to_server=away is None)
         if "webhook" in untold:
             remarks.append("The webhook did not take the notice.")
         if away is not None:  # without the server, nobody knows whether a run works on the lineage
             follows = "MLflow follows with the next run or deal server sync."
             return " ".join([away, "It was not told of this, which holds all the same.", follows, *remarks])
-        synced = asyncio.run(mirror(done.lineage))
+        synced = asyncio.run(mirror(store, done.lineage))
     except Exception as error:  # the decision stands, and its command has said so
         return " ".join([*remarks, f"Not all were told: {in_one_line(error)}"])
     if synced is None:

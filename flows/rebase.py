@@ -18,10 +18,10 @@ from infra.fingerprints import read_fingerprint
 from infra.serving.vllm import EngineClient
 from infra.settings import EngineSettings
 from infra.store.base import ObjectStore
+from infra.store.opening import open_store
 from infra.versions import Version, Versions, descent
 from tasks.adaptation.gate import judge_against
 from tasks.adaptation.run import identify_base
-from tasks.context import current_store
 from tasks.lineage.branch import swap_in
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
@@ -33,10 +33,11 @@ ENGINE_SECONDS = 5.0
 """Pause between two looks whether an engine has the new base model."""
 
 
-def plan_rebase(lineage: str, base: str, *, who: str = "") -> BranchPlan:
+def plan_rebase(store: ObjectStore, lineage: str, base: str, *, who: str = "") -> BranchPlan:
     """Return what `rebase` would do; change nothing.
 
     Args:
+        store: The store, which has the lineage.
         lineage: The lineage.
         base: Source of the new base model.
         who: Who asks.
@@ -45,7 +46,6 @@ def plan_rebase(lineage: str, base: str, *, who: str = "") -> BranchPlan:
         ConfigError: It is the base model of today, or no arrival can be learned again.
         RegistryError: The lineage cannot begin a branch now.
     """
-    store = current_store()
     opened = Branches(store).open(lineage)
     if opened is not None and opened.base_model == base:
         return BranchPlan(branch=opened, seconds=0.0)
@@ -95,16 +95,16 @@ async def rebase(
         ConfigError: It is the base model of today, or arrivals would be lost.
         RegistryError: The lineage cannot begin a branch now, or a person has moved its champion since.
     """
-    store = current_store()
+    store = open_store()
     async with lock_lineage(lineage):
-        branch = plan_rebase(lineage, base, who=who).branch
+        branch = plan_rebase(store, lineage, base, who=who).branch
         old = find_version(store, lineage, branch.champion)
         await _require_other_base(store, old, base)
         clients = [EngineClient(url, EngineSettings()) for url in engines]  # a wrong address shows before the training
-        begin(branch, accept_lost=accept_lost)
-        tip = await grow(branch, skip_rejected=skip_rejected)
+        begin(store, branch, accept_lost=accept_lost)
+        tip = await grow(store, branch, skip_rejected=skip_rejected)
         if isinstance(tip, str):
-            return stopped(branch, tip)
+            return stopped(store, branch, tip)
         judged = await to_the_end(judge_against, store, tip, old)
         reasons = [*judged.decision.reasons]
         if judged.missing and not accept_lost:
@@ -116,7 +116,7 @@ async def rebase(
         }
         if reasons:
             worse = f"version {tip.version} is worse than version {old.version}. {' '.join(reasons)}"
-            return stopped(branch, worse, **figures)
+            return stopped(store, branch, worse, **figures)
         if (champion := Versions(store).champion(lineage)) is not None and champion.version == old.version:
             async with AsyncExitStack() as stack:
                 await _wait_for_engine(store, tip, [await stack.enter_async_context(client) for client in clients])
@@ -125,7 +125,7 @@ async def rebase(
             reporter().said("base_model was removed from the lineage's file: its champion says it from now on.")
         back = f"deal version rollback {old.version} --lineage {lineage}"
         message = f"Version {tip.version} of {lineage} is champion, on {base}. Back: {back}."
-        result = swapped(branch, tip, who, message, attestation=None, **figures)
+        result = swapped(store, branch, tip, who, message, attestation=None, **figures)
         await to_the_end(sync_lineage, store, lineage)
     return result
 

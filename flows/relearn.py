@@ -14,10 +14,10 @@ from flows.lock import lock_lineage
 from infra.branches import Attestation, Branch, Branches, DeletedRows, Judgement
 from infra.store import keys
 from infra.store.base import ObjectStore
+from infra.store.opening import open_store
 from infra.versions import Version, Versions, champion_of, descent
 from tasks.adaptation.gate import judge_against
 from tasks.adaptation.resume import FINDINGS_FILE
-from tasks.context import current_store
 from tasks.housekeeping.arrivals import KnownArrival, find_arrival
 from tasks.housekeeping.forgetting import ForgetPlan, Kind, affected_versions, plan_forgetting
 from tasks.lineage.branch import ChampionMovedError, stop_serving, swap_in
@@ -33,10 +33,13 @@ class RelearnPlan(BranchPlan, frozen=True):
     forget: ForgetPlan
 
 
-def plan_relearn(lineage: str, named: str, *, stops_serving: bool = False, who: str = "") -> RelearnPlan:
+def plan_relearn(
+    store: ObjectStore, lineage: str, named: str, *, stops_serving: bool = False, who: str = ""
+) -> RelearnPlan:
     """Return what `relearn` would do; change nothing.
 
     Args:
+        store: The store, which has the lineage.
         lineage: The lineage whose versions are made again.
         named: The arrival, as for `deal data delete`.
         stops_serving: Whether no version serves until the swap.
@@ -46,7 +49,6 @@ def plan_relearn(lineage: str, named: str, *, stops_serving: bool = False, who: 
         ConfigError: There is no such arrival, or nothing would be left to serve.
         RegistryError: The lineage cannot begin a branch now.
     """
-    store = current_store()
     arrival = find_arrival(store, named)
     if (branch := _open_branch(store, lineage, arrival)) is not None:
         return RelearnPlan(branch=branch, seconds=0.0, forget=plan_forgetting(store, arrival))
@@ -116,18 +118,18 @@ async def relearn(
         RegistryError: The lineage cannot begin a branch now.
         ChampionMovedError: A person has moved its champion since.
     """
-    store = current_store()
+    store = open_store()
     async with lock_lineage(lineage):  # no run works on the lineage, and later ones see the branch
-        branch = plan_relearn(lineage, named, stops_serving=stops_serving, who=who).branch
-        begin(branch, accept_lost=accept_lost)
+        branch = plan_relearn(store, lineage, named, stops_serving=stops_serving, who=who).branch
+        begin(store, branch, accept_lost=accept_lost)
         if branch.stops_serving:
             stop_serving(store, branch)
     assert branch.deleted is not None, "it is one of a relearning"
     await forget(branch.deleted.sha256, reason)
     async with lock_lineage(lineage):
-        tip = await grow(branch, skip_rejected=skip_rejected)
+        tip = await grow(store, branch, skip_rejected=skip_rejected)
         if isinstance(tip, str):
-            return stopped(branch, tip)
+            return stopped(store, branch, tip)
         judgement = await _judge(store, branch, tip)
         figures: dict[str, Any] = (
             judgement.model_dump(include={"before", "accuracies", "num_rows"}) if judgement else {}
@@ -135,7 +137,7 @@ async def relearn(
         if judgement and judgement.waits:
             worse = f"version {tip.version} may be worse than version {branch.champion}. {' '.join(judgement.reasons)}"
             accept = f"Accept it with: deal lineage branch {lineage} --accept --reason REASON"
-            return stopped(branch, f"{worse} {accept}", **figures)
+            return stopped(store, branch, f"{worse} {accept}", **figures)
         swap_in(store, branch, tip, who, judgement.accepted.why if judgement and judgement.accepted else "")
         reporter().said(f"Version {tip.version} is champion; the versions that saw the rows lose their adapters.")
         _remove_adapters(store, branch)
@@ -157,7 +159,7 @@ async def relearn(
     champion = find_version(store, lineage, None)  # a person may have gone back to the root since
     never = f"It never saw arrival {branch.deleted.sha256[:12]} of {branch.deleted.task}."
     message = f"Version {champion.version} of {lineage} is champion. {never}"
-    return swapped(branch, tip, who, message, attestation, **figures)
+    return swapped(store, branch, tip, who, message, attestation, **figures)
 
 
 async def _judge(store: ObjectStore, branch: Branch, tip: Version) -> Judgement | None:

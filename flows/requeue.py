@@ -10,10 +10,10 @@ from flows.adapt import learn
 from flows.adapt_result import AdaptResult
 from flows.lock import lock_lineage
 from infra.store.base import ObjectStore
+from infra.store.opening import open_store
 from infra.versions import Version, Versions
 from tasks.adaptation.resume import spec_to_relearn
 from tasks.arrivals import release
-from tasks.context import current_store
 from tasks.lineage.history import arrival_digests, no_version
 from tasks.lineage.promotion import find_left_behind
 
@@ -37,18 +37,18 @@ async def requeue(lineage: str, versions: Sequence[str] = (), arrivals: Sequence
         DataValidationError: An arrival's file is gone or was replaced by another.
         ForgottenRowsError: Rows of an arrival were forgotten.
     """
-    store = current_store()
+    store = open_store()
     released = release(store, lineage, arrivals, checked=False) if arrivals or not versions else ()
     if released and not versions and (arrivals or not Versions(store).all(lineage)):
         return []
     async with lock_lineage(lineage):
-        numbers = versions or [version.version for version in find_left_behind(lineage)]
+        numbers = versions or [version.version for version in find_left_behind(store, lineage)]
         wanted = [_known_version(store, lineage, number) for number in numbers]
         # All are checked before one is learned. The lineage's base model may be another one now.
         settled = {"base_model": None} if Versions(store).champion(lineage) else {}
-        specs = [spec_to_relearn(version)[0].model_copy(update=settled) for version in wanted]
+        specs = [spec_to_relearn(store, version)[0].model_copy(update=settled) for version in wanted]
         return [
-            await learn(spec, again=not _is_learned(version), relearns=version)
+            await learn(store, spec, again=not _is_learned(store, version), relearns=version)
             for spec, version in zip(specs, wanted, strict=True)
         ]
 
@@ -61,8 +61,8 @@ def _known_version(store: ObjectStore, lineage: str, number: str) -> Version:
     return version
 
 
-def _is_learned(version: Version) -> bool:
+def _is_learned(store: ObjectStore, version: Version) -> bool:
     """Return whether the champion or one of its ancestors has learned the version's arrival."""
-    versions = Versions(current_store()).all(version.lineage)
+    versions = Versions(store).all(version.lineage)
     digests = arrival_digests(version, versions)
     return any(known.digests & digests for known in versions if known.standing == "learned")

@@ -26,10 +26,10 @@ from flows.lock import is_locked
 from infra.branches import Branches
 from infra.lineage_state import Batch, LineageState, update
 from infra.store.base import ObjectStore
+from infra.store.opening import open_store
 from infra.store.s3 import open_landing_queue
 from tasks.arrival_states import hold, lose, with_run
 from tasks.arrivals import claim_next, held_arrivals, plan_now, sense_inbox
-from tasks.context import current_store
 from tasks.inbox import InboxLook, look
 from tasks.lineage.settings import WatchedLineage, list_lineages
 from tasks.progress import is_stopped, patient, reporter
@@ -54,7 +54,7 @@ async def watch_inbox(for_seconds: float = 630.0, poll_seconds: float = 2.0) -> 
             two start nothing twice.
         poll_seconds: Pause between two looks.
     """
-    store, queue = current_store(), open_landing_queue()
+    store, queue = open_store(), open_landing_queue()
     end = (runtime.flow_run.scheduled_start_time or datetime.now(UTC)) + timedelta(seconds=for_seconds)
     num_started = 0
     while True:
@@ -76,7 +76,7 @@ async def retrain(settle_seconds: float = 2.0) -> int:
     Args:
         settle_seconds: A file that has changed within this time may still be written, and waits for the next look.
     """
-    return (await sense_all(current_store(), settle_seconds)).num_started
+    return (await sense_all(open_store(), settle_seconds)).num_started
 
 
 class Sensed(NamedTuple):

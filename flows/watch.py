@@ -38,9 +38,9 @@ from infra.outcomes import Outcome
 from infra.settings import InboxSettings
 from infra.store.base import ObjectStore
 from infra.store.keys import INBOX, SUCCESS_FILE, task_of
+from infra.store.opening import open_store
 from tasks.arrival_states import PAUSE, Plan, Result, claim_consolidation, dissolve, open_again, put_back
 from tasks.arrivals import claim_next, end_try, plan_now, sense_inbox
-from tasks.context import current_store
 from tasks.inbox import InboxLook, find_landed, look, task_spec
 from tasks.lineage.branch import why_waiting
 from tasks.lineage.settings import WatchedLineage, read_lineage
@@ -114,7 +114,7 @@ async def watch(spec: WatchedLineage, once: bool = False, poll_seconds: float = 
     Raises:
         Interrupted: With `once`, the user stopped the watch before all files were handled.
     """
-    store, lineage, tally = current_store(), spec.lineage, Tally(keeps_runs=once)
+    store, lineage, tally = open_store(), spec.lineage, Tally(keeps_runs=once)
     failed_before = datetime.now(UTC) if once else None
     if not once:
         reporter().said(f"Watching {store.uri_of(INBOX)}/TASK/FILE; Ctrl-C ends it.")
@@ -162,7 +162,7 @@ async def adapt_landed(lineage: str, settle_seconds: float = 2.0) -> WatchResult
         lineage: Its name; `tasks.lineage.settings` reads its settings from the store.
         settle_seconds: A file that has changed within this time may still be written.
     """
-    store, tally, run = current_store(), Tally(), runtime.flow_run.id
+    store, tally, run = open_store(), Tally(), runtime.flow_run.id
     spec = read_lineage(store, lineage)
 
     def leave(why: str, pause: timedelta) -> None:

@@ -26,10 +26,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from deal_core.training.jobs import AnswerJob, Send, TrainingJob, read_job
 from deal_core.training.main import run_job
 from deal_core.training.trainer import COMPLETE, HISTORY_FILE, NUM_CHECKPOINTS
-from infra.settings import HomeSettings, ServingSettings, StoreSettings
+from infra.settings import HomeSettings, ServingSettings
 from infra.store import keys
 from infra.store.base import ObjectStore
-from infra.store.local import open_store
+from infra.store.opening import open_store
 
 CHECKPOINT = f"{PREFIX_CHECKPOINT_DIR}-"
 
@@ -56,8 +56,7 @@ def download_result(store: ObjectStore, job: TrainingJob | AnswerJob, prefix: st
 
 def work_on(prefix: str, send: Send) -> None:
     """Do a stored job as one of its processes. Each process has its own copies, on its own machine."""
-    settings = StoreSettings()
-    store = open_store(settings.store_uri, settings)
+    store = open_store()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         store.download_file(f"{prefix}/job.json", folder / "job.json")

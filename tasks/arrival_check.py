@@ -33,7 +33,6 @@ from infra.settings import HomeSettings
 from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
 from infra.store.keys import TEST_FILE, TRAIN_FILE
 from infra.versions import Version, Versions, descent
-from tasks.context import current_store
 from tasks.data_files import local_files
 from tasks.landing import choose_schema, frozen_tests
 from tasks.lineage.datasets import learned_inputs, read_manifest
@@ -79,14 +78,18 @@ class AskedArrival:
 
 
 def score_arrival(
-    spec: AdaptSpec, dataset: DatasetRef, champion: Version, record: LineageRecord, jobs_folder: str
+    store: ObjectStore,
+    spec: AdaptSpec,
+    dataset: DatasetRef,
+    champion: Version,
+    record: LineageRecord,
+    jobs_folder: str,
 ) -> ScoredArrival | None:
     """Score the version that a run continues, which has the record, on the rows of the run's arrival.
 
     None: the task is new, its test rows were forgotten and the arrival brings others, or no row can be asked.
     `jobs_folder` is the folder in the store for the jobs of several processes.
     """
-    store = current_store()
     files = [TRAIN_FILE, *([TEST_FILE] if dataset.num_test else [])]
     columns = (*ROW_SCHEMA.names, REFERENCES.name, REJECTED.name)
     tables = [read_test_rows(store, dataset.uri, columns, file=file) for file in files]
@@ -97,15 +100,14 @@ def score_arrival(
     from tasks.scorer import Processes
 
     with temporary_folder() as folder:
-        return score_rows(arrival, Processes(spec.train.num_processes, jobs_folder, folder))
+        return score_rows(store, arrival, Processes(spec.train.num_processes, jobs_folder, folder))
 
 
-def find_landed(spec: AdaptSpec, rows: Sequence[pa.RecordBatch]) -> AskedArrival | None:
+def find_landed(store: ObjectStore, spec: AdaptSpec, rows: Sequence[pa.RecordBatch]) -> AskedArrival | None:
     """Find what the lineage's champion would be asked of good rows (GOOD_ROWS) that are not stored.
 
     None: it does not know the task, no row can be asked, or its base model is not on this machine.
     """
-    store = current_store()
     champion = Versions(store).champion(spec.lineage)
     if champion is None or not rows:
         return None
@@ -156,13 +158,13 @@ def _ask(
     )
 
 
-def score_rows(arrival: AskedArrival, processes: Processes | None = None) -> ScoredArrival:
+def score_rows(store: ObjectStore, arrival: AskedArrival, processes: Processes | None = None) -> ScoredArrival:
     """Let the champion answer the rows that are asked, and judge its answers."""
     from datasets import Dataset
 
     from tasks.scorer import Scorer
 
-    store, known, gate = current_store(), arrival.known, arrival.spec.gate
+    known, gate = arrival.known, arrival.spec.gate
     rows = first_rows(Dataset(arrival.rows), MAX_ASKED_ROWS)
     # It is asked as it serves: with the labels that it knows.
     asked = TestSet(
@@ -172,7 +174,7 @@ def score_rows(arrival: AskedArrival, processes: Processes | None = None) -> Sco
         max_new_tokens=known.max_new_tokens,
     )
     with borrowed_adapter(store, arrival.champion) as folder:
-        scorer = Scorer(arrival.record.base, stage="test", processes=processes)
+        scorer = Scorer(store, arrival.record.base, stage="test", processes=processes)
         scorer.expect([asked])
         evaluation = scorer.score(folder, [asked]).evaluations[known.schema.name]
     answered = AnsweredRows(

@@ -1,4 +1,4 @@
-"""The store, the work folders and the locks of the present place (`infra.settings.at_place`)."""
+"""The work folders and the locks of the present place (`infra.settings.at_place`)."""
 
 from __future__ import annotations
 
@@ -9,29 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from deal_core.errors import ConfigError
-from infra.settings import HomeSettings, StoreSettings
-from infra.store.base import ObjectStore
-from infra.store.format import require_format
-from infra.store.local import open_store
-
-_opened: set[tuple[str | None, str]] = set()
-"""Pairs of an S3 server and a store's address whose format this process can read."""
-
-
-def current_store() -> ObjectStore:
-    """Return the object store of the present place. Its format is read once per process.
-
-    Raises:
-        ConfigError: The address is not valid, or another release made the store (`FormatError`).
-        StoreError: The store does not answer.
-    """
-    settings = StoreSettings()
-    store = open_store(settings.store_uri, settings)
-    place = (settings.s3_endpoint_url, store.uri)
-    if place not in _opened:
-        require_format(store)
-        _opened.add(place)
-    return store
+from infra.settings import HomeSettings
 
 
 def work_folder(lineage: str, short_key: str) -> Path:

@@ -18,7 +18,8 @@ from deal_core.errors import ConfigError, DataValidationError, StoreError
 from deal_core.safe_text import listed, shorten, without_secrets
 from infra.store.base import ObjectStore, temporary_folder
 from infra.store.keys import is_read
-from infra.store.local import FileStore, open_store
+from infra.store.local import FileStore
+from infra.store.opening import store_at
 
 TABLES = ("*.jsonl", "*.json", "*.csv", "*.tsv")
 HUB_FILES = ("README.md", "*.parquet", *TABLES, *(f"{name}.gz" for name in TABLES))
@@ -73,7 +74,7 @@ def _find(store: ObjectStore, address: str, new_folder: NewFolder) -> SourceFile
         return _from_store(store, address.removeprefix(root), new_folder)
     if scheme == "s3":
         bucket, _, key = address.removeprefix("s3://").partition("/")
-        return _from_store(open_store(f"s3://{bucket}"), key, new_folder)
+        return _from_store(store_at(f"s3://{bucket}"), key, new_folder)
     if scheme in CLOUDS:
         return _from_cloud(address, new_folder)
     if scheme == "hf":

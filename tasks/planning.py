@@ -42,7 +42,6 @@ from infra.settings import HomeSettings, LaunchSettings
 from infra.store.base import ObjectStore, temporary_folder
 from infra.store.keys import TRAIN_FILE
 from infra.versions import Version, Versions
-from tasks.context import current_store
 from tasks.landing import choose_schema, landing_of
 from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy
 from tasks.lineage.record import read_record
@@ -145,6 +144,7 @@ class _Run:
 
 
 def plan(
+    store: ObjectStore,
     spec: AdaptSpec,
     *,
     device: str | None = None,
@@ -154,6 +154,7 @@ def plan(
     """Compute what the run of a spec takes. Nothing is stored and no weights are fetched.
 
     Args:
+        store: The store, which has the lineage.
         spec: The arrival, the lineage and the settings.
         device: Devices to plan for, such as "1x A100 80GB"; see `deal_core.planning.devices`. None: this machine's,
             with its free memory.
@@ -171,7 +172,6 @@ def plan(
             "as many devices, or lower train.num_processes.",
             code="device",
         )
-    store = current_store()
     champion = Versions(store).champion(spec.lineage)
     record = read_record(store, champion) if champion else None
     on_progress("reading the base model's config")
@@ -212,7 +212,7 @@ def plan(
                 num_steps=spec.train.num_steps(spec.train.num_learned(num_chosen)),
             ),
         )
-        return _plan_rows(run, manifest, rows, planned, probe, on_progress)
+        return _plan_rows(store, run, manifest, rows, planned, probe, on_progress)
 
 
 def _kept_by(store: ObjectStore, champion: Version, tasks: Iterable[TaskSchema]) -> dict[str, KeptRows]:
@@ -226,6 +226,7 @@ def _kept_by(store: ObjectStore, champion: Version, tasks: Iterable[TaskSchema])
 
 
 def _plan_rows(
+    store: ObjectStore,
     run: _Run,
     manifest: DatasetManifest,
     rows: Dataset,
@@ -278,7 +279,7 @@ def _plan_rows(
         notes.append("quantized weights need a CUDA device, and this machine has none, so no step was timed")
     elif probe and not refused:
         on_progress("taking three steps")
-        seconds = _probe_step(run, rows)
+        seconds = _probe_step(store, run, rows)
     notes += _notes(run, manifest.num_train, seconds)
     remedies = find_remedies(memory_of, train, run.precision, limit) if refused else ()
     num_parameters = sum(model.parameters.values())
@@ -352,14 +353,14 @@ def _batch(run: _Run, rows: Dataset, *, on_cpu: bool) -> BatchShape:
     return longest_of(rows, tokenizer, setup.task, setup.old_tasks, setup.train, num_rows, run.arrival.kept)
 
 
-def _probe_step(run: _Run, rows: Dataset) -> float:
+def _probe_step(store: ObjectStore, run: _Run, rows: Dataset) -> float:
     """Train a few steps and return the seconds of one step. The first step is not counted, and nothing is kept."""
     times: list[float] = []
     train = replace(run.setup.train, max_steps=NUM_PROBE_STEPS, checkpoint_steps=0, num_processes=1)
     if run.setup.task.learns_preferences:  # the parent reads all of them first
         num_rows = NUM_PROBE_STEPS * train.batch_size * train.gradient_accumulation_steps
         rows = rows.select(range(0, len(rows), max(1, len(rows) // num_rows)))
-    parent = borrowed_adapter(current_store(), run.champion, with_method=True) if run.champion else nullcontext()
+    parent = borrowed_adapter(store, run.champion, with_method=True) if run.champion else nullcontext()
     with temporary_folder() as temporary, parent as parent_folder:
         base = load_base(run.source, HomeSettings().cache_dir, precision=run.precision, quantize=train.quantize)
         train_adapter(

@@ -28,7 +28,7 @@ from infra.store.keys import INBOX
 from infra.store.local import FileStore
 from infra.versions import Version
 from tasks.base import lend_base
-from tasks.context import current_store, only_process
+from tasks.context import only_process
 from tasks.lineage.history import find_version
 from tasks.lineage.model_card import served_task
 from tasks.lineage.record import KnownTask, LineageRecord, choose_task, read_record
@@ -63,7 +63,7 @@ class Answer(BaseModel, frozen=True):
     version: str
 
 
-def predict(text: str, *, lineage: str, task: str | None, version: str | None) -> Answer:
+def predict(store: ObjectStore, text: str, *, lineage: str, task: str | None, version: str | None) -> Answer:
     """Answer a text with the prompt of a task, by default the task learned last.
 
     The text for a chat task is the JSON list of messages. `version` is a number; None: the champion.
@@ -73,7 +73,6 @@ def predict(text: str, *, lineage: str, task: str | None, version: str | None) -
         IntegrityError: The version's adapter is damaged.
         RegistryError: The lineage has no such version, or no champion.
     """
-    store = current_store()
     asked = Asked.find(store, lineage, task, version)
     schema, served = asked.known.schema, served_task(asked.known)
     text = served.readable(text, "The question")
@@ -99,12 +98,14 @@ def predict(text: str, *, lineage: str, task: str | None, version: str | None) -
     )
 
 
-def predict_texts(texts: Sequence[str], *, lineage: str, task: str | None, version: str | None) -> list[str]:
+def predict_texts(
+    store: ObjectStore, texts: Sequence[str], *, lineage: str, task: str | None, version: str | None
+) -> list[str]:
     """Answer texts together, in their order. For the arguments and errors see `predict`."""
-    asked = Asked.find(current_store(), lineage, task, version)
+    asked = Asked.find(store, lineage, task, version)
     served = served_task(asked.known)
     inputs = [served.readable(text, f"Text {number}") for number, text in enumerate(texts, start=1)]
-    with answering(asked) as answer:
+    with answering(store, asked) as answer:
         return [given.text for given in answer(inputs, lambda num_rows: None)]
 
 
@@ -144,6 +145,7 @@ class Asked(NamedTuple):
 
 
 def predict_file(
+    store: ObjectStore,
     data: Path,
     *,
     lineage: str,
@@ -159,6 +161,7 @@ def predict_file(
     there is none.
 
     Args:
+        store: The store, which has the lineage.
         data: CSV, JSON lines or Parquet, as for ingest. Answers are not needed.
         lineage: The lineage.
         task: None: the task learned last.
@@ -179,7 +182,6 @@ def predict_file(
         out = unpacked.with_suffix(".answers.parquet" if file_kind(data) == "parquet" else ".answers.jsonl")
     output = Path(os.path.realpath(out))
     output_kind(output)
-    store = current_store()
     if isinstance(store, FileStore) and output.is_relative_to(os.path.realpath(store.root / INBOX)):
         raise ConfigError(
             f"The answers would go to {output}, into the inbox, and be learned as an arrival; give a file elsewhere "
@@ -194,7 +196,7 @@ def predict_file(
     checker = RowChecker(asked.known.schema, columns, max_text_chars=sys.maxsize)  # a long prompt is cut by tokens
     served = served_task(asked.known)
     num_bad = num_no_label = num_done = 0
-    with _alone(output), writing_answers(output, survey.types, names) as write, answering(asked) as answer:
+    with _alone(output), writing_answers(output, survey.types, names) as write, answering(store, asked) as answer:
         for rows in in_chunks(read_rows(data), CHUNK_ROWS):
             checked = checker.check_inputs(RowList(rows))
             texts = [text for text in checked if isinstance(text, str)]
@@ -235,8 +237,8 @@ def _alone(output: Path) -> Iterator[None]:
 
 
 @contextmanager
-def answering(asked: Asked) -> Iterator[AnswerInputs]:
+def answering(store: ObjectStore, asked: Asked) -> Iterator[AnswerInputs]:
     """Give a function from inputs to answers: the base model with the version's adapter."""
     base, task = lend_base(asked.record.base), served_task(asked.known)
-    with borrowed_adapter(current_store(), asked.info) as folder, adapter_on(base.model, folder) as model:
+    with borrowed_adapter(store, asked.info) as folder, adapter_on(base.model, folder) as model:
         yield lambda inputs, on_rows: answer_inputs(model, base.tokenizer, task, inputs, on_rows)

@@ -30,8 +30,8 @@ from infra.general_scores import answerer_of
 from infra.launch import is_in_this_process, launch_job
 from infra.serving.evaluation import evaluation_engine
 from infra.settings import HomeSettings, LaunchSettings
+from infra.store.base import ObjectStore
 from tasks.base import lend_base, lend_tokenizer, release_base
-from tasks.context import current_store
 from tasks.lineage.frozen_rows import Answers, TestSet
 from tasks.progress import advance
 from tasks.references import BaseRef
@@ -93,9 +93,12 @@ class Scorer:
     process alone. This process loads the base model only for what it computes itself.
     """
 
-    def __init__(self, base: BaseRef, *, stage: str = "evaluate", processes: Processes | None = None) -> None:
+    def __init__(
+        self, store: ObjectStore, base: BaseRef, *, stage: str = "evaluate", processes: Processes | None = None
+    ) -> None:
+        self._store = store
         self._base = base
-        self._engine = evaluation_engine(current_store(), partial(lend_base, base))
+        self._engine = evaluation_engine(store, partial(lend_base, base))
         is_alone = processes is None or self._engine is not None or is_in_this_process(processes.number)
         self._processes = None if is_alone else processes
         self._report = advance(stage)
@@ -188,7 +191,7 @@ class Scorer:
             self._advance(sets[place].schema.name, num_rows)
 
         release_base()  # the processes need the memory of this device
-        found = launch_job(current_store(), job, processes.jobs_folder, processes.folder / "ranks", on_message)
+        found = launch_job(self._store, job, processes.jobs_folder, processes.folder / "ranks", on_message)
         assert isinstance(found, AnswerResult)
         evaluations = {
             test_set.schema.name: evaluate_answers(

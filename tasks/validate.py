@@ -23,10 +23,10 @@ from deal_core.judging_config import GateConfig
 from deal_core.safe_text import shorten
 from deal_core.shown import Shown
 from infra.settings import HomeSettings
+from infra.store.base import ObjectStore
 from infra.store.keys import TASK_FILE
 from infra.versions import Versions
 from tasks.base import local_tokenizer
-from tasks.context import current_store
 from tasks.inbox import task_from_file
 from tasks.landing import choose_schema, landing_of
 from tasks.lineage.choices import choose_base, choose_strategy
@@ -116,6 +116,7 @@ class ValidateResult(BaseModel, frozen=True):
 
 
 def spec_to_check(
+    store: ObjectStore,
     file: str | Path | None,
     *,
     spec: Path | None = None,
@@ -127,6 +128,7 @@ def spec_to_check(
     """Return the spec by which rows are checked, and the task file beside them if its settings apply.
 
     Args:
+        store: The store, which has the lineage's file.
         file: Path or address of the rows; None: the spec's.
         spec: A spec with the task, the test file and the data settings.
         task: Name of the task, without a spec. None: the task file in the file's folder decides, if there is one.
@@ -141,7 +143,7 @@ def spec_to_check(
         raise ConfigError("The spec names the task; give either --spec or --task.")
     data = None if file is None else str(file)
     options = {"task": None, "data": None} if spec else {"task": "unnamed" if task is None else task, "data": data}
-    asked = spec_from_options(current_store(), spec, **options, test_data=None, lineage=lineage, settings=settings)
+    asked = spec_from_options(store, spec, **options, test_data=None, lineage=lineage, settings=settings)
     arrival, task_file = asked.task, None
     if data is not None and spec is None and task is None and "://" not in data:
         beside = Path(data).absolute().parent / TASK_FILE
@@ -152,6 +154,7 @@ def spec_to_check(
 
 
 def validate(
+    store: ObjectStore,
     spec: AdaptSpec,
     task_file: Path | None = None,
     *,
@@ -165,6 +168,7 @@ def validate(
     The result shows texts even if the spec forbids texts in reports: only the caller sees it.
 
     Args:
+        store: The store, which has the lineage.
         spec: See `spec_to_check`, also for `task_file`.
         task_file: For the result.
         with_model: Check the labels with the base model, which is fetched if it is not on this machine.
@@ -176,7 +180,7 @@ def validate(
         DataValidationError: The file cannot be read to its end.
         ConfigError: The task's name is not valid, or the spec contradicts the lineage.
     """
-    store, arrival = current_store(), spec.task
+    arrival = spec.task
     champion = Versions(store).champion(spec.lineage)
     record = read_record(store, champion) if champion else None
     base = choose_base(spec, record)

@@ -11,9 +11,9 @@ from flows.adapt import adapt
 from flows.adapt_result import AdaptResult
 from infra.branches import Head
 from infra.report.run_report import EVALUATION_FILE, RunReport
+from infra.store.opening import open_store
 from infra.versions import Version, Versions
 from tasks.adaptation.resume import find_parent
-from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.record import LineageRecord, read_record
 from tasks.lineage.reports import read_page, read_report
@@ -55,20 +55,20 @@ def next_parent() -> Version | None:
 
 def version_of(result: AdaptResult) -> Version:
     """The version that a run made or repeated."""
-    return find_version(current_store(), result.lineage, result.version)
+    return find_version(open_store(), result.lineage, result.version)
 
 
 def record_of(result: AdaptResult) -> LineageRecord:
     """The record of a run's version."""
-    return read_record(current_store(), version_of(result))
+    return read_record(open_store(), version_of(result))
 
 
 def page_of(result: AdaptResult) -> tuple[RunReport, str]:
     """The report of a run's version, and its page."""
-    store = current_store()
+    store = open_store()
     return read_page(store, Versions(store).all(result.lineage), result.version)
 
 
 def evaluation_of(result: AdaptResult) -> Any:
     """The evaluation of a run's version, as its report has it."""
-    return read_report(current_store(), version_of(result), EVALUATION_FILE)
+    return read_report(open_store(), version_of(result), EVALUATION_FILE)

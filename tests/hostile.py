@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from infra.store.opening import open_store
+
 MAX_SECONDS = 60
 """Of processor time. The slowest cases take what one process may take to read a file, and are refused then."""
 MAX_BYTES = 2**30
@@ -99,7 +101,9 @@ def _validate(file: str, spec: str | None, task: str) -> int:
     from deal_pipeline.cli.check import show_validation
     from tasks.validate import spec_to_check, validate
 
-    outcome = validate(*spec_to_check(Path(file), spec=Path(spec) if spec else None, task=task))
+    outcome = validate(
+        open_store(), *spec_to_check(open_store(), Path(file), spec=Path(spec) if spec else None, task=task)
+    )
     json.dumps(outcome.model_dump(mode="json"), ensure_ascii=False, allow_nan=False)
     show_validation(outcome)
     return outcome.num_train + outcome.num_test

@@ -45,8 +45,8 @@ from deal_core.evaluation.score import evaluate_task
 from infra.serving.evaluation import evaluation_engine
 from infra.serving.version_files import fetch_version
 from infra.settings import HomeSettings
+from infra.store.opening import open_store
 from infra.versions import Versions
-from tasks.context import current_store
 from tasks.lineage.frozen_rows import load_test_set
 from tasks.lineage.record import read_record
 
@@ -114,7 +114,7 @@ def cost_of_front(url: str, engine: RealEngine, num_pairs: int) -> dict[str, Any
 
 def evaluate_both(base_source: str, rounds: int) -> dict[str, Any]:
     """Score the newest version's test rows here and over the engine: the ratio of the seconds."""
-    store = current_store()
+    store = open_store()
     version = Versions(store).all(LINEAGE)[-1]
     sets = [load_test_set(store, task) for task in read_record(store, version).tasks]
     base = load_base(base_source, HomeSettings().cache_dir, precision="fp32")
@@ -162,7 +162,7 @@ def measure(
             source = str(Path(folder) / "base")
             build_tiny_base(Path(source), width=128)
         stack.enter_context(learned_home(source, "fp32", max_steps=20, learning_rate=0.003))
-        versions = Versions(current_store()).all(LINEAGE)
+        versions = Versions(open_store()).all(LINEAGE)
         make_champion(versions[-1].version)
         expected = answers_of([versions[-1].version], texts_to_ask(), "bank")
         (Path(folder) / "engine").mkdir()

@@ -52,8 +52,8 @@ from infra.predictions import read_predictions
 from infra.promotions import Change, PromotionLog
 from infra.serving.version_files import fetch_version
 from infra.settings import HomeSettings, ServingSettings
+from infra.store.opening import open_store
 from infra.versions import Versions
-from tasks.context import current_store
 from tasks.lineage.history import find_version
 
 LINEAGE = "served"
@@ -178,7 +178,7 @@ def learn_versions(base: str, **train: Any) -> None:
 
 def make_champion(version: str, lineage: str = LINEAGE) -> None:
     """Write a move of the champion to the promotion log, as a rollback does. Nothing is written if it is champion."""
-    log = PromotionLog(current_store())
+    log = PromotionLog(open_store())
     last = log.last(lineage)
     before = last.champion if last else None
     if before != version:
@@ -205,7 +205,7 @@ def answers_of(versions: Sequence[str], texts: Sequence[str], task: str, lineage
     from deal_core.evaluation.answerer import load_answerer
     from deal_core.evaluation.answering import InputRow
 
-    found, precision, store = {}, ServingSettings().serving_precision, current_store()
+    found, precision, store = {}, ServingSettings().serving_precision, open_store()
     for version in versions:
         with tempfile.TemporaryDirectory() as folder:
             fetch_version(store, find_version(store, lineage, version), Path(folder) / "version")
@@ -269,7 +269,7 @@ class Memory:
 def measure_moves(num_clients: int, seconds: float, num_moves: int) -> dict[str, Any]:
     """Serve, ask and move; the figures."""
     texts = texts_to_ask()
-    versions = [info.version for info in Versions(current_store()).all(LINEAGE)][:2]
+    versions = [info.version for info in Versions(open_store()).all(LINEAGE)][:2]
     expected = answers_of(versions, texts, "bank")
     make_champion(versions[-1])
     moves, took = [], []
@@ -355,7 +355,7 @@ def turn(url: str, texts: Sequence[str], expected: Expected, num_clients: int, s
 
 def measure_log(num_clients: int, seconds: float, rounds: int) -> dict[str, Any]:
     """Serve twice, ask in turns; the figures."""
-    texts, version = texts_to_ask(), Versions(current_store()).all(LINEAGE)[-1].version
+    texts, version = texts_to_ask(), Versions(open_store()).all(LINEAGE)[-1].version
     expected = answers_of([version], texts, "bank")
     rates: dict[str, list[float]] = {kept: [] for kept in LOGS}
     with ExitStack() as servers:
@@ -369,7 +369,7 @@ def measure_log(num_clients: int, seconds: float, rounds: int) -> dict[str, Any]
             for kept in LOGS if number % 2 else LOGS[::-1]:
                 rates[kept].append(turn(urls[kept], texts, expected, num_clients, seconds))
             print(f"round {number + 1}: " + ", ".join(f"{kept} {rates[kept][-1]:.1f}/s" for kept in LOGS), flush=True)
-    logged = len(read_predictions(current_store(), LINEAGE))
+    logged = len(read_predictions(open_store(), LINEAGE))
     ratios = sorted(on / off for off, on in zip(*rates.values(), strict=True))
     return {
         "num_clients": num_clients,
@@ -439,7 +439,7 @@ def seconds_of_end(process: subprocess.Popen[str]) -> float:
 
 def measure_chats(num_clients: int, seconds: float, rounds: int) -> dict[str, Any]:
     """Serve, and ask in turns with and without a client of long chats; then end the server while it prepares one."""
-    texts, version = texts_to_ask(), Versions(current_store()).all(LINEAGE)[-1].version
+    texts, version = texts_to_ask(), Versions(open_store()).all(LINEAGE)[-1].version
     make_champion(version)
     expected = answers_of([version], texts, "bank")
     medians: dict[bool, list[float]] = {False: [], True: []}

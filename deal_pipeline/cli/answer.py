@@ -147,9 +147,10 @@ def serve(
         serving = Serving(url=url, lineage=lineage, version=version)
         events.tell(serving, f"[bold green]{escape(lineage)}[/] answers at {url}/invocations. Ctrl-C ends it.")
 
+    store = deal.store
     try:
         has_ended = serve_champion(
-            deal.store,
+            store,
             lineage,
             deal.home,
             host=host,
@@ -160,7 +161,7 @@ def serve(
             ready=ready,
         )
     except NoChampionError:
-        raise RegistryError(unknown_lineage(lineage)) from None
+        raise RegistryError(unknown_lineage(store, lineage)) from None
     if not has_ended:  # at its exit Python would wait for the thread that asks the store
         sys.stdout.flush()
         os._exit(0)

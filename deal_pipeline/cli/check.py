@@ -74,8 +74,9 @@ def init(
     from tasks.validate import spec_to_check, validate
 
     name = re.sub(r"[^a-z0-9_-]+", "-", Path(file).stem.lower()).strip("-_") or "task" if task is None else task
-    asked, _ = spec_to_check(file, task=name, lineage=lineage, settings=settings or ())
-    data = validate(asked, on_progress=lambda done: deal.screen.advanced("reading", done, None))
+    store = deal.store
+    asked, _ = spec_to_check(store, file, task=name, lineage=lineage, settings=settings or ())
+    data = validate(store, asked, on_progress=lambda done: deal.screen.advanced("reading", done, None))
     if not data.accepted:
         return CommandResult(NewSpec(spec=None, data=data), show_validation(data), failed=True)
     # a path in a spec is relative to the spec's folder
@@ -169,7 +170,7 @@ def check(
         from tasks.validate import spec_to_check
 
         asked, task_file = spec_to_check(
-            file, spec=spec, task=task, lineage=lineage, test_data=test_data, settings=settings or ()
+            deal.store, file, spec=spec, task=task, lineage=lineage, test_data=test_data, settings=settings or ()
         )
         checked = deal.service.check(
             asked, task_file, with_model=with_model, score=score, plan=plan, device=device, probe=probe

@@ -15,8 +15,9 @@ from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, MatrixJson
 from deal_core.judging_config import GateConfig
 from flows.adapt import adapt
 from flows.adapt_result import AdaptResult, Scores
+from infra.store.base import ObjectStore
+from infra.store.opening import open_store
 from infra.versions import Versions, champion_of
-from tasks.context import current_store
 from tasks.lineage.record import read_record
 from tasks.progress import reporter
 from tasks.spec import LineageSpec, parse, read_spec
@@ -103,7 +104,8 @@ async def run_demo(
         month = specs[0].task.model_copy(update={"data": str(folder / WRONG_MONTH), "test_data": None})
         reporter().said(f"\nOne more month of {month.name}, with wrong labels")
         runs["demo"].append(await adapt(lineages[0].with_task(month)))
-    outcomes = tuple(_outcome(lineage, runs[lineage.lineage]) for lineage in lineages)
+    store = open_store()
+    outcomes = tuple(_outcome(store, lineage, runs[lineage.lineage]) for lineage in lineages)
     return DemoResult(outcomes=outcomes, picture=_draw(outcomes, picture))
 
 
@@ -113,8 +115,7 @@ def _examples_folder() -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[2] / "examples"
 
 
-def _outcome(lineage: LineageSpec, runs: Sequence[AdaptResult]) -> LineageOutcome:
-    store = current_store()
+def _outcome(store: ObjectStore, lineage: LineageSpec, runs: Sequence[AdaptResult]) -> LineageOutcome:
     versions = Versions(store).all(lineage.lineage)
     champion = champion_of(versions)
     newest = versions[-1:]  # even if rejected: lineages are compared on the same arrivals

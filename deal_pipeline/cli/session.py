@@ -166,9 +166,9 @@ class Session:
     @property
     def store(self) -> ObjectStore:
         """The object store of the environment. For errors see `open_store`."""
-        from tasks.context import current_store
+        from infra.store.opening import open_store
 
-        return current_store()
+        return open_store()
 
     def run(
         self,

@@ -27,7 +27,7 @@ from deal_core.errors import ConfigError, DealError
 from deal_core.limits import require
 from deal_core.safe_text import without_secrets
 from deal_pipeline.server.automations import NEVER_BEGAN, PROCESS_NEVER_BEGAN, apply_automations, apply_notifications
-from tasks.context import current_store
+from infra.store.opening import open_store
 
 PoolType = Literal["process", "docker", "kubernetes"]
 ManifestKind = Literal["train-job", "ray-cluster"]
@@ -72,7 +72,7 @@ async def deploy_all(
     """
     if not get_current_settings().api.url:
         raise ConfigError("No Prefect server is named; set PREFECT_API_URL, or start one here with: deal server up")
-    store = current_store()
+    store = open_store()
     store.check()
     ours = {"home": str(home), "store": without_secrets(store.uri)}
     async with get_client() as client:

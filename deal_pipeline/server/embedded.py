@@ -98,7 +98,7 @@ def enter_home(home: Path | None, *, makes_home: bool = True) -> Path:
     from infra.logs import PlainFormatter, ready_log
     from infra.settings import HomeSettings, embedded_environment, make_places_absolute
     from infra.store.format import FormatError
-    from tasks.context import current_store
+    from infra.store.opening import open_store
 
     make_places_absolute(os.environ)
     if home is not None:
@@ -106,7 +106,7 @@ def enter_home(home: Path | None, *, makes_home: bool = True) -> Path:
     folder = HomeSettings().home
     os.environ["DEAL_HOME"] = str(folder)
     try:
-        current_store()
+        open_store()
     except FormatError:
         raise
     except (DealError, ValueError, RuntimeError):  # the command says so, if it needs the store

@@ -28,10 +28,11 @@ from infra.promotions import PromotionLog
 from infra.run_journal import RunJournal
 from infra.store.base import ObjectStore
 from infra.store.keys import INBOX
+from infra.store.opening import open_store
 from infra.versions import Version, Versions, champion_of
 from tasks.arrival_states import is_of
 from tasks.arrivals import HeldArrival, held_arrivals, plan_now, sense_inbox
-from tasks.context import current_store, lineages_at_work
+from tasks.context import lineages_at_work
 from tasks.housekeeping.damage import find_damage
 from tasks.inbox import InboxLook, look
 from tasks.lineage.consolidation import why_due
@@ -163,7 +164,7 @@ async def read_status(home: Path, environment: Mapping[str, str] = os.environ) -
 def _lineages(problems: list[str], damaged: list[str]) -> list[LineageStatus]:
     """Return the state of each lineage that has a settings file or data in the store; append findings to the lists."""
     try:
-        store = current_store()
+        store = open_store()
         lineages, inbox, known = read_lineages(store), look(store), known_lineages(store)
         problems += _unusable_files(store, inbox)
     except DealError as error:

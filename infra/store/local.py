@@ -1,4 +1,4 @@
-"""The object store in a folder, and the choice of the store for an address."""
+"""The object store in a folder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,9 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
-from deal_core.errors import ConfigError, StoreError
+from deal_core.errors import StoreError
 from deal_core.regular_file import IrregularFileError, complete_file, irregularity, open_regular, sha256_of_file
-from deal_core.safe_text import without_secrets
-from infra.settings import StoreSettings
 from infra.store.base import (
     LOCK,
     RESERVED,
@@ -37,30 +34,6 @@ _FIRST_TIME, _LAST_TIME = (datetime(year, 1, 2, tzinfo=UTC).timestamp() for year
 """A file system has times that no datetime holds."""
 NUM_TRIES = 20
 """How often a writer creates its folder again. A concurrent delete removes empty folders."""
-
-
-def open_store(uri: str, settings: StoreSettings | None = None) -> ObjectStore:
-    """Return the store at `uri`: file:///folder, s3://bucket, s3://bucket/prefix, or the path of a folder.
-
-    Nothing is read or written yet. `settings` have the S3 server's address and keys; None: those of the environment.
-
-    Raises:
-        ConfigError: The uri has another form, or it contains a user or a password.
-    """
-    if "://" not in uri:
-        return FileStore(Path(uri))
-    parts = urlsplit(uri)
-    if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path and not parts.query:
-        return FileStore(Path(unquote(parts.path)))
-    if parts.scheme == "s3" and parts.netloc and not {"@", ":"} & set(parts.netloc) and not parts.query:
-        from infra.store.s3 import S3Store  # here, because the import of boto3 takes a quarter of a second
-
-        return S3Store(parts.netloc, parts.path.strip("/"), settings or StoreSettings())
-    shown = without_secrets(uri).partition("?")[0]  # a query may contain a token
-    raise ConfigError(
-        f"The store {shown!r} is neither file:///folder nor s3://bucket/prefix; set DEAL_STORE_URI to one, without '?' "
-        "and without keys: those of S3 go into DEAL_S3_ACCESS_KEY_ID and DEAL_S3_SECRET_ACCESS_KEY."
-    )
 
 
 class FileStore(ObjectStore):

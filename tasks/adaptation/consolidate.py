@@ -22,10 +22,10 @@ from deal_core.errors import ConfigError, DealError, StoreError, in_one_line
 from deal_core.safe_text import listed
 from infra.store.base import ObjectStore, temporary_folder
 from infra.store.keys import TRAIN_FILE
+from infra.store.opening import open_store
 from infra.versions import Version, Versions, descent
 from tasks.adaptation.resume import read_findings, require_same_files
 from tasks.adaptation.run import STAGE
-from tasks.context import current_store
 from tasks.landing import choose_schema, frozen_tests, landing_of
 from tasks.lineage.consolidation import ConsolidationPlan, LearnedRows, Source, Start
 from tasks.lineage.datasets import retains_training_rows
@@ -42,14 +42,16 @@ if TYPE_CHECKING:
 ROWS_FOLDER = "rows"
 
 
-def plan_consolidation(champion: Version, record: LineageRecord, start: Start, spec: AdaptSpec) -> ConsolidationPlan:
+def plan_consolidation(
+    store: ObjectStore, champion: Version, record: LineageRecord, start: Start, spec: AdaptSpec
+) -> ConsolidationPlan:
     """Find what is left of the rows of every arrival that a champion, which has the record, has learned.
 
     Raises:
         ConfigError: Nothing is to be consolidated, or it cannot be.
         TestRowsForgottenError: The test rows of a task were forgotten.
     """
-    store, lineage = current_store(), champion.lineage
+    lineage = champion.lineage
     if champion.is_consolidation:
         raise ConfigError(
             f"Version {champion.version}, the champion of '{lineage}', is a consolidation itself; adapt to an arrival "
@@ -84,14 +86,15 @@ def plan_consolidation(champion: Version, record: LineageRecord, start: Start, s
         kept=learned_kept,
         gone=gone,
         num_rows=num_rows,
-        seconds=_seconds(champion, spec, num_rows),
+        seconds=_seconds(store, champion, spec, num_rows),
     )
 
 
-plan_rows = task(name="rows", **STAGE)(
-    staged("rows", lambda plan: f"{plan.num_rows} rows of {len(plan.arrivals)} arrivals")(plan_consolidation)
-)
-"""The stage that does it."""
+@task(name="rows", **STAGE)
+@staged("rows", lambda plan: f"{plan.num_rows} rows of {len(plan.arrivals)} arrivals")
+def plan_rows(champion: Version, record: LineageRecord, start: Start, spec: AdaptSpec) -> ConsolidationPlan:
+    """Find the rows of a consolidation; see `plan_consolidation`."""
+    return plan_consolidation(open_store(), champion, record, start, spec)
 
 
 def _kept_rows(store: ObjectStore, champion: Version, record: LineageRecord) -> dict[str, int]:
@@ -112,7 +115,7 @@ def _part(store: ObjectStore, version: Version, kept: Collection[str]) -> Learne
     if tombstone is not None:
         why = f"They were {tombstone.said}."
     else:
-        findings = read_findings(version.adapter_uri)
+        findings = read_findings(store, version.adapter_uri)
         num_rows = findings.dataset.num_train
         uri = findings.dataset.uri
         if retains_training_rows(store, uri) and store.exists(f"{uri}/{TRAIN_FILE}"):
@@ -135,17 +138,17 @@ def _part(store: ObjectStore, version: Version, kept: Collection[str]) -> Learne
     )
 
 
-def _seconds(champion: Version, spec: AdaptSpec, num_rows: int) -> float | None:
+def _seconds(store: ObjectStore, champion: Version, spec: AdaptSpec, num_rows: int) -> float | None:
     """About how long a training on this number of rows takes, at the speed of the champion's own training."""
     try:
-        trained = read_findings(champion.adapter_uri).training
+        trained = read_findings(store, champion.adapter_uri).training
     except StoreError:
         return None
     steps = spec.train.num_steps(spec.train.num_learned(num_rows))
     return steps * trained.seconds / trained.num_steps if trained.num_steps else None
 
 
-def gather_rows(plan: ConsolidationPlan, record: LineageRecord, folder: Path) -> list[JoinedFile]:
+def gather_rows(store: ObjectStore, plan: ConsolidationPlan, record: LineageRecord, folder: Path) -> list[JoinedFile]:
     """Write the rows of every task with rows into a file of its own in `folder`; return these files.
 
     The same plan gives the same files.
@@ -155,7 +158,7 @@ def gather_rows(plan: ConsolidationPlan, record: LineageRecord, folder: Path) ->
     """
     from deal_core.training.jobs import JoinedFile
 
-    store, report = current_store(), advance("train")
+    report = advance("train")
     versions = {version.version: version for version in Versions(store).all(plan.lineage)}
     files = []
     for number, known in enumerate(record.tasks):
@@ -183,7 +186,7 @@ def _rows_of(
     store: ObjectStore, version: Version, part: LearnedRows, record: LineageRecord, test_inputs: Collection[bytes]
 ) -> Iterator[pa.Table]:
     """The training rows of an arrival, without those whose texts are test rows."""
-    findings = read_findings(version.adapter_uri)
+    findings = read_findings(store, version.adapter_uri)
     if part.source == "retained":
         table = read_test_rows(store, findings.dataset.uri, ROW_SCHEMA.names, file=TRAIN_FILE)
         kind = _known(record, part.task).schema.format

@@ -19,10 +19,10 @@ from deal_core.evaluation.significance import PairedDrop
 from deal_core.safe_text import listed
 from infra.store.base import ObjectStore
 from infra.store.keys import dataset_sha256
+from infra.store.opening import open_store
 from infra.versions import Version, Versions, descent
 from tasks.adaptation.general import measure_general
 from tasks.adaptation.run import STAGE, AdaptationRun
-from tasks.context import current_store
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.frozen_rows import (
     Answers,
@@ -73,9 +73,9 @@ def evaluate_version(
     """
     from tasks.scorer import Processes, Scorer, collapse_notes
 
-    store = current_store()
+    store = open_store()
     processes = Processes(adaptation.spec.train.num_processes, adaptation.jobs_folder, adaptation.folder / "answers")
-    scorer = Scorer(adaptation.base, processes=processes)
+    scorer = Scorer(store, adaptation.base, processes=processes)
     asked = _rows_to_ask(store, adaptation, scorer)
     scores = _score(scorer, asked, adaptation, trained)
     # Store the answers for the next version's comparison, and the reference for live traffic.
@@ -85,14 +85,14 @@ def evaluate_version(
     keep_answers(store, trained.uri, answers)
     judging = [test_set for test_set in asked.all if test_set.schema.name not in asked.slices]
     write_reference(store, trained.uri, adaptation.lineage, judging, scores.now.evaluations)
-    general = measure_general(scorer, adaptation, trained)
+    general = measure_general(store, scorer, adaptation, trained)
     (own,) = (test_set for test_set in asked.all if test_set.schema.name == adaptation.dataset.task)
     divergence = scorer.divergence_from_base(trained.folder, own)
     if proof := scorer.prove(trained.folder, [own, *(test_set for test_set in judging if test_set is not own)]):
         store.put_bytes(f"{trained.uri}/{PROOF_FILE}", json.dumps(proof.to_json()).encode())
     of_rows = (*asked.notes, *_length_notes(scorer, own, adaptation.dataset), *collapse_notes(scores.now))
     notes = (*notes, *of_rows, *general.notes)
-    report = _report(adaptation, asked, scores, scorer.num_rows, notes, scorer.answerer)
+    report = _report(store, adaptation, asked, scores, scorer.num_rows, notes, scorer.answerer)
     return replace(report, general=general.scores, base_divergence=divergence)
 
 
@@ -284,6 +284,7 @@ def _length_notes(scorer: Scorer, own: TestSet, dataset: DatasetRef) -> Iterator
 
 
 def _report(
+    store: ObjectStore,
     adaptation: AdaptationRun,
     asked: _Asked,
     scores: _Scores,
@@ -362,7 +363,7 @@ def _report(
         base_perplexity=scores.on_base.perplexity,
         parent_accuracy_new_task=parent_accuracy,
         matrix=matrix,
-        debts=_debts(adaptation, asked, now.answers, matrix, answerer),
+        debts=_debts(store, adaptation, asked, now.answers, matrix, answerer),
         added=added,
         is_consolidation=adaptation.consolidation is not None,
         adapter=scores.facts,
@@ -382,10 +383,10 @@ def _on_fewer(task: KnownTask, outcomes: Scores) -> tuple[CellScore, ...]:
 
 
 def _debts(
-    adaptation: AdaptationRun, asked: _Asked, now: Answers, matrix: AccuracyMatrix, answerer: str
+    store: ObjectStore, adaptation: AdaptationRun, asked: _Asked, now: Answers, matrix: AccuracyMatrix, answerer: str
 ) -> dict[str, Debt]:
     """What each task has lost since it was learned, by the answers to the rows that both versions were asked."""
-    store, debts = current_store(), {}
+    debts = {}
     newest_first = descent(Versions(store).all(adaptation.lineage), adaptation.parent)
     before_last = len(matrix.rows) - 2  # the parent's row
     rows_of = {test_set.schema.name: test_set for test_set in asked.all}
@@ -414,11 +415,10 @@ def _scores_of(test_set: TestSet, rows: Dataset, answers: Mapping[str, str]) -> 
     return score_answers(test_set.schema.metric, in_order, right_answers(rows))
 
 
-def answer_again(version: Version, wanted: Answers) -> KeptAnswers:
+def answer_again(store: ObjectStore, version: Version, wanted: Answers) -> KeptAnswers:
     """Let a registered version answer those of its own test rows that another version has answered (`wanted`)."""
     from tasks.scorer import Scorer
 
-    store = current_store()
     record = read_record(store, version)
     sets = []
     for known in record.tasks:
@@ -430,20 +430,19 @@ def answer_again(version: Version, wanted: Answers) -> KeptAnswers:
                 sets.append(replace(test_set, rows=test_set.rows.select(places)))
     if not sets:
         return KeptAnswers({}, {})
-    scorer = Scorer(record.base)
+    scorer = Scorer(store, record.base)
     scorer.expect(sets)
     with borrowed_adapter(store, version) as folder:
         return KeptAnswers(scorer.score(folder, sets).answers, {}, answerer=scorer.answerer)
 
 
-def score_version(version: Version) -> VersionScores:
+def score_version(store: ObjectStore, version: Version) -> VersionScores:
     """Score a registered version again on the frozen test rows of its own evaluation.
 
     A version without a reference for its live traffic gets one.
     """
     from tasks.scorer import Scorer
 
-    store = current_store()
     record, answered = read_record(store, version), read_answers(store, version.adapter_uri).now
     sets, unjudged = [], {}
     for known in record.tasks:
@@ -451,7 +450,7 @@ def score_version(version: Version) -> VersionScores:
             sets.append(answered_rows(load_test_set(store, known), answered.get(known.schema.name, {})))
         except TestRowsForgottenError as error:
             unjudged[known.schema.name] = str(error)
-    scorer = Scorer(record.base)
+    scorer = Scorer(store, record.base)
     scorer.expect(sets)
     with borrowed_adapter(store, version) as folder:
         scored = scorer.score(folder, sets)

@@ -60,13 +60,13 @@ def judge_against(store: ObjectStore, version: Version, other: Version) -> Judge
     its answers went with deleted rows, or if something else gave them on the same base model. Without answers of the
     same rows, the recorded accuracies are compared if they are of the same rows, and every loss counts.
     """
-    findings = read_findings(version.adapter_uri)
+    findings = read_findings(store, version.adapter_uri)
     new, old = read_record(store, version), read_record(store, other)
     now, then = read_answers(store, version.adapter_uri), read_answers(store, other.adapter_uri)
     # Two base models end their turns at tokens of their own. Answers of one base model end at the same tokens.
     has_own_base = version.base_sha256 != other.base_sha256
     if not then.now or not (has_own_base or now.answerer == then.answerer):
-        then = answer_again(other, now.now)
+        then = answer_again(store, other, now.now)
     is_comparable = has_own_base or now.answerer == then.answerer
     report = findings.evaluation
     before: dict[str, float] = {}

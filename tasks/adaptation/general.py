@@ -11,9 +11,9 @@ from deal_core.config import EvaluateConfig
 from deal_core.evaluation.report import GeneralScores, Scores, mean_score
 from deal_core.general.suites import Suite
 from infra.general_scores import keep_scores, read_scores
+from infra.store.base import ObjectStore
 from infra.store.keys import adapter_scores_key, base_scores_key
 from tasks.adaptation.run import AdaptationRun
-from tasks.context import current_store
 from tasks.references import TrainedAdapter
 
 if TYPE_CHECKING:
@@ -39,7 +39,9 @@ def require_suites(config: EvaluateConfig) -> None:
         Suite(name)
 
 
-def measure_general(scorer: Scorer, adaptation: AdaptationRun, trained: TrainedAdapter) -> MeasuredAbility:
+def measure_general(
+    store: ObjectStore, scorer: Scorer, adaptation: AdaptationRun, trained: TrainedAdapter
+) -> MeasuredAbility:
     """Score a new version on the suites that its spec names.
 
     A suite on which the base model scores too little is off: nobody else is asked. Base model and parent are asked only
@@ -50,7 +52,7 @@ def measure_general(scorer: Scorer, adaptation: AdaptationRun, trained: TrainedA
         return MeasuredAbility(scores={}, notes=())
 
     suites = [Suite(name) for name in config.general]
-    asked = _Asked(scorer, scorer.answerer)
+    asked = _Asked(store, scorer, scorer.answerer)
     sha256 = adaptation.base.sha256
     base = asked.scores(base_scores_key(sha256), sha256, None, suites)
     on = [suite for suite in suites if mean_score(base[suite.name]) >= config.min_general_accuracy]
@@ -68,18 +70,18 @@ def measure_general(scorer: Scorer, adaptation: AdaptationRun, trained: TrainedA
 class _Asked:
     """Asks models the suites whose scores are not stored."""
 
+    store: ObjectStore
     scorer: Scorer
     answerer: str
 
     def scores(self, key: str, sha256: str, adapter_folder: Path | None, suites: Sequence[Suite]) -> dict[str, Scores]:
         """Return the scores of a model on suites, by name. `key` is their place in the store."""
-        store = current_store()
-        known = dict(read_scores(store, key, sha256).get(self.answerer, {}))
+        known = dict(read_scores(self.store, key, sha256).get(self.answerer, {}))
         unknown = [suite for suite in suites if suite.identity not in known]
         if unknown:
             found = self.scorer.score_suites(adapter_folder, unknown)
             known |= {suite.identity: found[suite.name] for suite in unknown}
-            keep_scores(store, key, sha256, self.answerer, known)
+            keep_scores(self.store, key, sha256, self.answerer, known)
         return {suite.name: known[suite.identity] for suite in suites}
 
 

@@ -21,11 +21,11 @@ from infra.lineage_state import HeldByCheck
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
 from infra.store.keys import INPUTS_FILE, MANIFEST_FILE, TRAIN_FILE, quarantine_folder, quarantine_key
+from infra.store.opening import open_store
 from infra.versions import Version, Versions, descent
 from tasks.adaptation.resume import read_findings, spec_to_relearn
 from tasks.adaptation.run import STAGE, AdaptationRun
 from tasks.arrival_check import remark_on, score_arrival
-from tasks.context import current_store
 from tasks.landing import choose_schema, landing_of
 from tasks.lineage.datasets import drop_held_rows, read_manifest, retains_training_rows
 from tasks.lineage.frozen_rows import require_tests
@@ -47,6 +47,7 @@ def _describe(dataset: DatasetRef) -> str:
 
 
 def ingest(
+    store: ObjectStore,
     arrival: TaskSpec,
     config: DataConfig,
     record: LineageRecord | None,
@@ -67,7 +68,6 @@ def ingest(
         ForgottenRowsError: The rows were forgotten.
         TaskFieldsError: The settings of the task contradict the lineage.
     """
-    store = current_store()
     with reading_the_task():
         schema = choose_schema(store, arrival, record, labels=labels)
     before = record.task(arrival.name) if record else None
@@ -112,8 +112,18 @@ def ingest(
         return dataset
 
 
-ingest_arrival = task(name="ingest", **STAGE)(staged("ingest", _describe)(ingest))
-"""The stage that does it."""
+@task(name="ingest", **STAGE)
+@staged("ingest", _describe)
+def ingest_arrival(
+    arrival: TaskSpec,
+    config: DataConfig,
+    record: LineageRecord | None,
+    lineage: str,
+    again: bool = False,
+    parent: Version | None = None,
+) -> DatasetRef:
+    """Check a new arrival and store its dataset; see `ingest`."""
+    return ingest(open_store(), arrival, config, record, lineage, again, parent)
 
 
 @task(name="ingest", **STAGE)
@@ -128,16 +138,16 @@ def ingest_again(version: Version, spec: AdaptSpec, record: LineageRecord | None
         DataValidationError: A file was replaced, and the store retains no rows.
         StoreError: A file is gone, and the store retains no rows.
     """
-    store, labels = current_store(), dict[str, None]()
+    store, labels = open_store(), dict[str, None]()
     for earlier in reversed(descent(Versions(store).all(version.lineage), version)):
         if earlier.task == version.task and not earlier.is_consolidation:
             with suppress(StoreError):  # its findings are gone, and its labels are those of later versions too
-                labels |= dict.fromkeys(read_findings(earlier.adapter_uri).dataset.new_labels)
-    dataset = read_findings(version.adapter_uri).dataset
+                labels |= dict.fromkeys(read_findings(store, earlier.adapter_uri).dataset.new_labels)
+    dataset = read_findings(store, version.adapter_uri).dataset
     known = record.task(version.task) if record else None
     if not needs_retained_rows(store, version, knows_task=known is not None):
         renews = dataset.renews_tests
-        return ingest(spec.task, spec.data, record, spec.lineage, False, parent, tuple(labels), renews)
+        return ingest(store, spec.task, spec.data, record, spec.lineage, False, parent, tuple(labels), renews)
     new = [label for label in labels if known is not None and label not in known.schema.labels]
     return dataset.model_copy(update={"new_labels": tuple(new), "num_added": 0})
 
@@ -153,9 +163,9 @@ def needs_retained_rows(
         DataValidationError: A file was replaced by another, and the store retains no rows.
         StoreError: A file is gone, and the store retains no rows.
     """
-    dataset = read_findings(version.adapter_uri).dataset
+    dataset = read_findings(store, version.adapter_uri).dataset
     try:
-        if set(spec_to_relearn(version)[1]) & set(deleted):
+        if set(spec_to_relearn(store, version)[1]) & set(deleted):
             raise DataValidationError("one of its files is deleted with the arrival; land it without that file")
     except (DataValidationError, StoreError):
         has_tests = dataset.num_test > 0 or knows_task
@@ -170,18 +180,18 @@ def needs_retained_rows(
 @staged("test", lambda tested: "no new row can be asked" if tested is None else tested.sentence)
 def ask_parent(adaptation: AdaptationRun) -> ScoredArrival | None:
     """Score the version that a run continues on the rows of the run's arrival; None: no row can be asked."""
-    store, spec, parent, record = current_store(), adaptation.spec, adaptation.parent, adaptation.record
+    store, spec, parent, record = open_store(), adaptation.spec, adaptation.parent, adaptation.record
     assert parent is not None and record is not None, "without a parent nobody can be asked"
-    tested = score_arrival(spec, adaptation.dataset, parent, record, adaptation.jobs_folder)
+    tested = score_arrival(store, spec, adaptation.dataset, parent, record, adaptation.jobs_folder)
     if tested is None or adaptation.relearns is not None:
         return tested
     released = is_released(store, spec.lineage, spec.task, adaptation.dataset)
     return tested.model_copy(update={"score": replace(tested.score, is_released=released)})
 
 
-def hold_arrival(adaptation: AdaptationRun) -> HeldByCheck:
+def hold_arrival(store: ObjectStore, adaptation: AdaptationRun) -> HeldByCheck:
     """Hold a run's arrival, whose labels disagree with the champion: note and announce it, and delete its rows."""
-    store, spec, dataset, tested = current_store(), adaptation.spec, adaptation.dataset, adaptation.tested
+    spec, dataset, tested = adaptation.spec, adaptation.dataset, adaptation.tested
     assert tested is not None, "the champion was asked"
     noted = hold(store, spec.lineage, spec.task, dataset, remark_on(tested))
     drop_held_rows(store, spec.lineage, dataset)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from prefect import task
 
+from infra.store.opening import open_store
 from infra.versions import Version, Versions
 from tasks.adaptation.run import STAGE
-from tasks.context import current_store
 from tasks.lineage.promotion import promote_accepted
 from tasks.progress import staged
 
@@ -17,7 +17,7 @@ _ENDS = {"promoted": "is champion", "awaiting approval": "awaits approval", "rol
 @staged("promote", lambda version: f"version {version.version} {_ENDS[version.outcome]}")
 def promote_version(version: Version) -> Version:
     """Promote an accepted version, or begin its rollout, unless a person must approve it; return it as it is then."""
-    store = current_store()
+    store = open_store()
     promote_accepted(store, version)
     promoted = Versions(store).find(version.lineage, version.version)
     assert promoted is not None, "versions stay"

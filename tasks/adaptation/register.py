@@ -15,12 +15,12 @@ from deal_core.evaluation.report import mean_score
 from infra.settings import HomeSettings
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError
+from infra.store.opening import open_store
 from infra.versions import SCORES, Version, Versions
 from tasks.adaptation.report import Findings
 from tasks.adaptation.resume import keep_findings
 from tasks.adaptation.run import STAGE, AdaptationRun
 from tasks.arrival_check import keep_scores
-from tasks.context import current_store
 from tasks.lineage.record import RECORD_FILE, LineageRecord, write_record
 from tasks.lineage.version_files import CARD_FILE
 from tasks.progress import staged
@@ -41,9 +41,9 @@ def register_version(
     from deal_core.evaluation.answering import SERVED_FILE
     from tasks.lineage.model_card import served_version, write_card
 
-    store, spec, parent, plan = current_store(), adaptation.spec, adaptation.parent, adaptation.consolidation
+    store, spec, parent, plan = open_store(), adaptation.spec, adaptation.parent, adaptation.consolidation
     report, branch, relearns = findings.evaluation, adaptation.head.branch, adaptation.relearns
-    keep_findings(trained.uri, findings)
+    keep_findings(store, trained.uri, findings)
     record = LineageRecord(
         lineage=adaptation.lineage,
         base=adaptation.base,

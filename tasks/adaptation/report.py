@@ -31,10 +31,10 @@ from infra.report.run_report import (
     Training,
 )
 from infra.store.base import ObjectNotFoundError, ObjectStore
+from infra.store.opening import open_store
 from infra.tracking.client import installed_version
 from infra.versions import Version, Versions
 from tasks.adaptation.run import STAGE
-from tasks.context import current_store
 from tasks.data_files import local_files
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.frozen_rows import MAX_EXAMPLES, compare_answers, cut, read_answers
@@ -139,12 +139,14 @@ def problem_of(entry: Mapping[str, Any], include_texts: bool) -> str:
     return cut(f"{entry['reason']}: {shown}") if shown else str(entry["reason"])
 
 
-def write_reports(version: Version, base_name: str, findings: Findings, seconds: Mapping[str, float]) -> str:
+def write_reports(
+    store: ObjectStore, version: Version, base_name: str, findings: Findings, seconds: Mapping[str, float]
+) -> str:
     """Write the report of a version to the store, and a page of it to Prefect.
 
     `seconds` is the wall time by stage. The result is the command that shows the report.
     """
-    store, report = current_store(), findings.evaluation
+    report = findings.evaluation
     collected = gather_report(store, version, base_name, findings, seconds)
     write_report(store, version, EVALUATION_FILE, report.to_json())
     write_report(store, version, REPORT_FILE, collected.model_dump(mode="json"))
@@ -160,8 +162,11 @@ def write_reports(version: Version, base_name: str, findings: Findings, seconds:
     return f"deal version show {version.version} --report --lineage {version.lineage}"
 
 
-report_version = task(name="report", **STAGE)(staged("report", str)(write_reports))
-"""The stage that does it."""
+@task(name="report", **STAGE)
+@staged("report", str)
+def report_version(version: Version, base_name: str, findings: Findings, seconds: Mapping[str, float]) -> str:
+    """Write the report of a version; see `write_reports`."""
+    return write_reports(open_store(), version, base_name, findings, seconds)
 
 
 def artifact_key(lineage: str) -> str:

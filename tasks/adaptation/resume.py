@@ -18,10 +18,10 @@ from deal_core.safe_text import without_secrets
 from infra.branches import Branches, Head, tip_of
 from infra.run_journal import RunJournal
 from infra.store.base import ObjectStore
+from infra.store.opening import open_store
 from infra.versions import Version, Versions, require_adapter
 from tasks.adaptation.report import Findings, write_reports
 from tasks.adaptation.run import STAGE, remove_work
-from tasks.context import current_store
 from tasks.data_files import local_files
 from tasks.lineage.branch import require_no_branch
 from tasks.lineage.choices import changed_settings
@@ -53,7 +53,7 @@ def find_parent(head: Head) -> Version | None:
     Raises:
         BranchOpenError: The lineage has an open branch, and the head is the champion.
     """
-    store, lineage = current_store(), head.lineage
+    store, lineage = open_store(), head.lineage
     if head.branch is None:
         require_no_branch(store, lineage)
     finish_newest(store, lineage)
@@ -71,7 +71,7 @@ def finish_newest(store: ObjectStore, lineage: str) -> None:
         _finish_run(store, registered[-1])
 
 
-def keep_findings(adapter_uri: str, findings: Findings) -> None:
+def keep_findings(store: ObjectStore, adapter_uri: str, findings: Findings) -> None:
     """Store the results of a run before its version is registered.
 
     With them, the report can be written after a crash, and the arrival can be learned again after a rollback.
@@ -82,21 +82,20 @@ def keep_findings(adapter_uri: str, findings: Findings) -> None:
         "evaluation": findings.evaluation.to_json(),
         "training": findings.training.model_dump(mode="json"),
     }
-    current_store().put_bytes(f"{adapter_uri}/{FINDINGS_FILE}", json.dumps(values, allow_nan=False).encode())
+    store.put_bytes(f"{adapter_uri}/{FINDINGS_FILE}", json.dumps(values, allow_nan=False).encode())
 
 
-def changed_since(parent: Version, spec: AdaptSpec) -> tuple[str, ...]:
+def changed_since(store: ObjectStore, parent: Version, spec: AdaptSpec) -> tuple[str, ...]:
     """Return a note about settings that differ from the parent's; none if the parent's spec is lost."""
     try:
-        before = read_findings(parent.adapter_uri).spec
+        before = read_findings(store, parent.adapter_uri).spec
     except StoreError:
         return ()
     return changed_settings(spec, before, parent.version)
 
 
-def read_findings(adapter_uri: str) -> Findings:
+def read_findings(store: ObjectStore, adapter_uri: str) -> Findings:
     """Read what `keep_findings` has stored."""
-    store = current_store()
     with reading_beside(store, adapter_uri, FINDINGS_FILE):
         values = json.loads(store.get_bytes(f"{adapter_uri}/{FINDINGS_FILE}"))
         return Findings(
@@ -114,7 +113,7 @@ def require_same_files(store: ObjectStore, arrival: TaskSpec, version: Version) 
         DataValidationError: A file has another content.
         StoreError: A file is missing.
     """
-    learned = read_manifest(store, read_findings(version.adapter_uri).dataset.uri).files
+    learned = read_manifest(store, read_findings(store, version.adapter_uri).dataset.uri).files
     with local_files(store, arrival.data) as sources, local_files(store, arrival.test_data or ()) as tests:
         for file in (*sources, *tests):
             if sha256_of_input(file.path) not in learned:
@@ -125,7 +124,7 @@ def require_same_files(store: ObjectStore, arrival: TaskSpec, version: Version) 
         return digests_of((*sources, *tests))
 
 
-def spec_to_relearn(version: Version) -> tuple[AdaptSpec, tuple[str, ...]]:
+def spec_to_relearn(store: ObjectStore, version: Version) -> tuple[AdaptSpec, tuple[str, ...]]:
     """Return the spec of a version's run and the digests of its files, after checking that they can be learned again.
 
     Raises:
@@ -134,7 +133,6 @@ def spec_to_relearn(version: Version) -> tuple[AdaptSpec, tuple[str, ...]]:
         RegistryError: Nothing is left of the version but its entry.
         StoreError: A file is gone.
     """
-    store = current_store()
     if version.is_consolidation:
         raise ConfigError(
             f"Version {version.version} of '{version.lineage}' is a consolidation, which has no arrival of its own; "
@@ -143,7 +141,7 @@ def spec_to_relearn(version: Version) -> tuple[AdaptSpec, tuple[str, ...]]:
     refuse_forgotten(store, version.task, [version.dataset_sha256])
     if not store.exists(f"{version.adapter_uri}/{FINDINGS_FILE}"):
         require_adapter(version)
-    spec = parse(AdaptSpec, read_findings(version.adapter_uri).spec, f"version {version.version}")
+    spec = parse(AdaptSpec, read_findings(store, version.adapter_uri).spec, f"version {version.version}")
     files = require_same_files(store, spec.task, version)
     refuse_forgotten(store, version.task, files)
     return spec, files
@@ -168,8 +166,8 @@ def _finish_run(store: ObjectStore, version: Version) -> None:
     state: Literal["finished", "failed"] = "failed"
     findings = None
     with _logging(version, "write its report"):
-        findings = read_findings(version.adapter_uri)
-        write_reports(version, read_record(store, version).base.name, findings, {})
+        findings = read_findings(store, version.adapter_uri)
+        write_reports(store, version, read_record(store, version).base.name, findings, {})
         state = "finished"
     with _logging(version, "remove its work folder"):
         remove_work(run)

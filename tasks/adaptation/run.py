@@ -25,9 +25,10 @@ from infra.run_journal import Run, RunJournal
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.format import write_format
+from infra.store.opening import open_store
 from infra.versions import Version, Versions
 from tasks.base import lend_base, load, refuse_what_cannot_fit
-from tasks.context import current_store, work_folder
+from tasks.context import work_folder
 from tasks.lineage.choices import choose_base, settings_of
 from tasks.lineage.consolidation import ConsolidationPlan
 from tasks.lineage.datasets import read_manifest
@@ -169,7 +170,7 @@ class AdaptationRun(BaseModel, frozen=True, extra="forbid"):
         return self.folder / "parent" if self.parent else None
 
 
-def find_repeat(dataset: DatasetRef, lineage: str, again: bool = False) -> Version | None:
+def find_repeat(store: ObjectStore, dataset: DatasetRef, lineage: str, again: bool = False) -> Version | None:
     """Return the accepted version that learned this dataset, or None.
 
     A version with the same landed rows but another split counts too, unless the champion or one of its ancestors
@@ -177,7 +178,7 @@ def find_repeat(dataset: DatasetRef, lineage: str, again: bool = False) -> Versi
 
     If it is trained `again`, only the version counts that this flow run made before it was interrupted.
     """
-    versions = Versions(current_store()).all(lineage)
+    versions = Versions(store).all(lineage)
     if again:
         own = [version for version in versions if version.flow_run and version.flow_run == runtime.flow_run.id]
         return next((version for version in own if version.dataset_sha256 == dataset.sha256), None)
@@ -215,12 +216,12 @@ def load_base(spec: AdaptSpec, record: LineageRecord | None, adapter: AdapterCon
     return base
 
 
-def plan_run(*, again: bool, **fields: Any) -> AdaptationRun:
+def plan_run(store: ObjectStore, *, again: bool, **fields: Any) -> AdaptationRun:
     """Return the run with these fields, after finding which test rows judge its version.
 
     If it is trained `again`, the versions count that were trained on its dataset before.
     """
-    store, spec, dataset = current_store(), fields["spec"], fields["dataset"]
+    spec, dataset = fields["spec"], fields["dataset"]
     record: LineageRecord | None = fields["record"]
     if record is not None and fields["consolidation"] is not None:  # test rows stay as they are
         schema, renewal = choose_task(record, dataset.task).schema, Renewal(None, record.slices, None)
@@ -259,9 +260,9 @@ def start_run(adaptation: AdaptationRun) -> None:
     """
     from infra.fingerprints import keep_fingerprint
 
-    store, base = current_store(), adaptation.base
+    store, base = open_store(), adaptation.base
     write_format(store)  # before anything of a version, so that the store is known as one of this release
-    with failing(RunJournal(store).start(adaptation.run)):
+    with failing(store, RunJournal(store).start(adaptation.run)):
         keep_fingerprint(store, base.sha256, base.quantize, partial(lend_base, base))  # for deal serve --engine
         if adaptation.parent is not None and adaptation.parent_folder is not None:
             shutil.rmtree(adaptation.parent_folder, ignore_errors=True)  # an earlier try may have left it incomplete
@@ -269,13 +270,13 @@ def start_run(adaptation: AdaptationRun) -> None:
 
 
 @contextmanager
-def failing(run: Run) -> Iterator[None]:
+def failing(store: ObjectStore, run: Run) -> Iterator[None]:
     """Write into the journal that the run failed, if the block does."""
     try:
         yield
     except BaseException:
         with suppress(DealError):  # it must not hide the run's own error
-            end_failed(RunJournal(current_store()).end(run, "failed"))
+            end_failed(RunJournal(store).end(run, "failed"))
         raise
 
 

@@ -15,10 +15,11 @@ from deal_core.regular_file import complete_file, flush_to_disk
 from infra.launch import is_in_this_process, launch_job
 from infra.settings import HomeSettings, LaunchSettings
 from infra.store import keys
+from infra.store.base import ObjectStore
+from infra.store.opening import open_store
 from tasks.adaptation.consolidate import gather_rows
 from tasks.adaptation.run import STAGE, AdaptationRun
 from tasks.base import lend_base, release_base
-from tasks.context import current_store
 from tasks.lineage.datasets import read_manifest
 from tasks.mlflow_mirror import LiveCurve
 from tasks.progress import advance, staged
@@ -59,14 +60,14 @@ def train_version(adaptation: AdaptationRun) -> TrainedAdapter:
     """
     from deal_core.training.jobs import train_within_memory
 
-    store, folder, train = current_store(), adaptation.folder, adaptation.spec.train
+    store, folder, train = open_store(), adaptation.folder, adaptation.spec.train
     launching = LaunchSettings()
     if (summary := _finished(folder)) is None:
-        training, num_rows, notes = (_alone if adaptation.consolidation is None else _together)(adaptation)
+        training, num_rows, notes = (_alone if adaptation.consolidation is None else _together)(store, adaptation)
         curve = LiveCurve(adaptation.run)
         try:
             on_message = _on_message(curve, train.num_steps(train.num_learned(num_rows)))
-            result = train_within_memory(training, lambda job: _train(job, adaptation, on_message))
+            result = train_within_memory(training, lambda job: _train(store, job, adaptation, on_message))
         finally:
             curve.keep(store)
         result = replace(result, notes=(*notes, *result.notes))
@@ -102,11 +103,11 @@ def _finished(folder: Path) -> TrainSummary | None:
     return None
 
 
-def _alone(adaptation: AdaptationRun) -> tuple[TrainingJob, int, tuple[str, ...]]:
+def _alone(store: ObjectStore, adaptation: AdaptationRun) -> tuple[TrainingJob, int, tuple[str, ...]]:
     """The training on one arrival, the number of its rows, and notes about their choice."""
     from deal_core.training.train import TrainingSetup
 
-    store, folder, dataset_uri = current_store(), adaptation.folder, adaptation.dataset.uri
+    folder, dataset_uri = adaptation.folder, adaptation.dataset.uri
     setup = TrainingSetup(
         task=read_manifest(store, dataset_uri).task,
         old_tasks=tuple(known.schema for known in adaptation.record.tasks) if adaptation.record else (),
@@ -121,14 +122,14 @@ def _alone(adaptation: AdaptationRun) -> tuple[TrainingJob, int, tuple[str, ...]
     return _job(adaptation, setup, rows_file, adaptation.parent_folder), num_rows, notes
 
 
-def _together(adaptation: AdaptationRun) -> tuple[TrainingJob, int, tuple[str, ...]]:
+def _together(store: ObjectStore, adaptation: AdaptationRun) -> tuple[TrainingJob, int, tuple[str, ...]]:
     """The training of a consolidation, the number of its rows, and notes about them."""
     from deal_core.method_config import MethodConfig
     from deal_core.training.train import KeptSource, TrainingSetup
 
     plan, record, parent_folder = adaptation.consolidation, adaptation.record, adaptation.parent_folder
     assert plan is not None and record is not None and parent_folder is not None, "there is a champion"
-    first, *others = gather_rows(plan, record, adaptation.folder)
+    first, *others = gather_rows(store, plan, record, adaptation.folder)
     setup = TrainingSetup(
         task=first.task,
         strategy=CONSOLIDATION_STRATEGY,
@@ -186,7 +187,7 @@ def _choose(adaptation: AdaptationRun, setup: TrainingSetup, rows_file: Path) ->
     return adaptation.folder / CHOSEN_FILE, len(chosen.rows), chosen.notes
 
 
-def _train(training: TrainingJob, adaptation: AdaptationRun, on_message: Send) -> TrainingResult:
+def _train(store: ObjectStore, training: TrainingJob, adaptation: AdaptationRun, on_message: Send) -> TrainingResult:
     """Train in this process, or in others that each load the base model."""
     from deal_core.training.train import TrainingResult
 
@@ -195,7 +196,7 @@ def _train(training: TrainingJob, adaptation: AdaptationRun, on_message: Send) -
         assert isinstance(result, TrainingResult)
         return result
     release_base()  # rank 0 needs the memory of this device
-    result = launch_job(current_store(), training, adaptation.jobs_folder, adaptation.folder / "ranks", on_message)
+    result = launch_job(store, training, adaptation.jobs_folder, adaptation.folder / "ranks", on_message)
     assert isinstance(result, TrainingResult)
     return result
 

@@ -10,7 +10,6 @@ from infra.branches import Branches
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.versions import ROLLOUT, Version, Versions, descent, require_adapter
-from tasks.context import current_store
 
 
 class NoVersionError(RegistryError):
@@ -24,16 +23,16 @@ def no_version(lineage: str, version: str) -> RegistryError:
     return RegistryError(f"Lineage '{lineage}' has no version {version}; see: deal version list --lineage {lineage}")
 
 
-def read_history(lineage: str) -> tuple[Version, ...]:
+def read_history(store: ObjectStore, lineage: str) -> tuple[Version, ...]:
     """Return the versions of a lineage, oldest first.
 
     Raises:
         NoVersionError: The lineage has no version.
         StoreError: The store does not answer, or a version is damaged.
     """
-    versions = Versions(current_store()).all(lineage)
+    versions = Versions(store).all(lineage)
     if not versions:
-        raise NoVersionError(unknown_lineage(lineage))
+        raise NoVersionError(unknown_lineage(store, lineage))
     return versions
 
 
@@ -46,7 +45,7 @@ def find_version(store: ObjectStore, lineage: str, version: str | None) -> Versi
     if version is None:
         champion = Versions(store).champion(lineage)
         if champion is None:
-            raise RegistryError(unknown_lineage(lineage))
+            raise RegistryError(unknown_lineage(store, lineage))
         return champion
     named = Versions(store).find(lineage, version)
     if named is None:
@@ -74,9 +73,8 @@ def rejected_by_person(version: Version) -> str:
     )
 
 
-def unknown_lineage(lineage: str) -> str:
+def unknown_lineage(store: ObjectStore, lineage: str) -> str:
     """Return the message for a lineage without a champion."""
-    store = current_store()
     branch = Branches(store).open(lineage)
     if branch is not None and branch.stops_serving:
         return f"Lineage '{lineage}' has no champion for now: {branch.why_waiting}."

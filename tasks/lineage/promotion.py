@@ -18,7 +18,6 @@ from infra.outcomes import Action
 from infra.promotions import Change, Decision, LeftBehind, PromotionLog
 from infra.store.base import ObjectStore
 from infra.versions import Version, Versions, descent, require_adapter
-from tasks.context import current_store
 from tasks.lineage.history import (
     NoVersionError,
     arrival_digests,
@@ -149,15 +148,15 @@ def move_champion(
     )
 
 
-def decide_on(lineage: str, version: str, verdict: Verdict, *, who: str, why: str) -> Decision:
+def decide_on(store: ObjectStore, lineage: str, version: str, verdict: Verdict, *, who: str, why: str) -> Decision:
     """Approve or reject a version that waits for a person.
 
     Raises:
         RegistryError: The version does not wait for a person any more, or cannot become champion.
     """
-    waiting = find_version(current_store(), lineage, version)
+    waiting = find_version(store, lineage, version)
     if waiting.approval == "awaiting":
-        return (promote_to if verdict == "approve" else reject_version)(lineage, version, who=who, why=why)
+        return (promote_to if verdict == "approve" else reject_version)(store, lineage, version, who=who, why=why)
     now = {"given": "was approved", "refused": "was rejected"}.get(waiting.approval or "", "needs no approval")
     raise RegistryError(
         f"Version {version} of '{lineage}' does not wait for a person: it {now}. See deal version list --moves "
@@ -165,7 +164,9 @@ def decide_on(lineage: str, version: str, verdict: Verdict, *, who: str, why: st
     )
 
 
-def promote_to(lineage: str, version: str, *, who: str, why: str, run: str | None = None) -> Decision:
+def promote_to(
+    store: ObjectStore, lineage: str, version: str, *, who: str, why: str, run: str | None = None
+) -> Decision:
     """Make a version that continues the champion the new champion.
 
     A version that waited for approval, and whose gate asks for a rollout, begins the rollout instead. `run` is the key
@@ -174,7 +175,6 @@ def promote_to(lineage: str, version: str, *, who: str, why: str, run: str | Non
     Raises:
         RegistryError: The version cannot become champion.
     """
-    store = current_store()
     chosen = _to_promote(store, lineage, version)
     change = move_champion(
         store,
@@ -216,13 +216,12 @@ def _to_promote(store: ObjectStore, lineage: str, version: str) -> Version:
     return chosen
 
 
-def roll_back(lineage: str, to: str | None, *, who: str, why: str) -> Decision:
+def roll_back(store: ObjectStore, lineage: str, to: str | None, *, who: str, why: str) -> Decision:
     """Make an earlier champion, or a version that the champion continues, the champion again; None: its parent.
 
     Raises:
         RegistryError: There is no earlier version, or the version was never champion.
     """
-    store = current_store()
     champion, chosen = _to_roll_back(store, lineage, to)
     change = move_champion(store, chosen, expected=champion.version, action="rolled back", who=who, why=why)
     versions = Versions(store).all(lineage)
@@ -234,7 +233,7 @@ def _to_roll_back(store: ObjectStore, lineage: str, to: str | None) -> tuple[Ver
     """Return the champion, and the version to go back to; raise RegistryError if there is none."""
     champion = Versions(store).champion(lineage)
     if champion is None:
-        raise RegistryError(unknown_lineage(lineage))
+        raise RegistryError(unknown_lineage(store, lineage))
     to = to or champion.parent_version
     if to is None:
         raise RegistryError(
@@ -268,13 +267,12 @@ def promoted_by_hand(store: ObjectStore, lineage: str, version: str) -> Action |
     return None
 
 
-def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decision:
+def reject_version(store: ObjectStore, lineage: str, version: str, *, who: str, why: str) -> Decision:
     """Reject a version, so that it can never become champion.
 
     Raises:
         RegistryError: The version is champion, was rejected already, or is one of an open branch.
     """
-    store = current_store()
     log = PromotionLog(store)
     last = log.last(lineage)
     number = last.champion if last else None
@@ -300,9 +298,9 @@ def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decisio
     return Decision.model_validate(change, from_attributes=True)
 
 
-def announce_decision(done: Decision, *, to_server: bool = True) -> tuple[str, ...]:
+def announce_decision(store: ObjectStore, done: Decision, *, to_server: bool = True) -> tuple[str, ...]:
     """Announce a move or a rejection that the promotion log has; return who was not told. For errors see `announce`."""
-    version = find_version(current_store(), done.lineage, done.version)
+    version = find_version(store, done.lineage, done.version)
     notice = Notice.of(version, reasons=(done.why,), who=done.who)
     return announce(done.action, notice, to_server=to_server)
 
@@ -327,7 +325,7 @@ def _require_usable(store: ObjectStore, version: Version) -> None:
         raise RegistryError(f"{name} has no adapter in the store any more ({store.uri_of(version.adapter_uri)}).")
 
 
-def find_left_behind(lineage: str) -> tuple[LeftBehind, ...]:
+def find_left_behind(store: ObjectStore, lineage: str) -> tuple[LeftBehind, ...]:
     """Return the accepted versions whose arrival the champion has not learned, oldest first, each arrival once.
 
     An arrival is left out if another version that learned it awaits approval or is in rollout, or if its rows were
@@ -336,10 +334,9 @@ def find_left_behind(lineage: str) -> tuple[LeftBehind, ...]:
     Raises:
         NoVersionError: The lineage has no version.
     """
-    store = current_store()
     versions = Versions(store).all(lineage)
     if not versions:
-        raise NoVersionError(unknown_lineage(lineage))
+        raise NoVersionError(unknown_lineage(store, lineage))
     standings = ("learned", "awaiting approval", "rollout")
     learned = {digest for version in versions if version.standing in standings for digest in version.digests}
     newest_first: list[LeftBehind] = []

@@ -18,7 +18,6 @@ from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.store.keys import report_key
 from infra.store.stored import reading_stored
 from infra.versions import Version, Versions
-from tasks.context import current_store
 from tasks.lineage.history import find_version
 
 
@@ -69,14 +68,13 @@ def read_page(store: ObjectStore, versions: Sequence[Version], number: str) -> t
     return report, render_page(versions, report, evaluation, live, remade)
 
 
-def save_report(lineage: str, version: str, file: Path) -> Path:
+def save_report(store: ObjectStore, lineage: str, version: str, file: Path) -> Path:
     """Write the page of a version to a file, and return its whole path. A present file is replaced.
 
     Raises:
         RegistryError: There is no such version, or it has no report.
         ConfigError: The file cannot be written.
     """
-    store = current_store()
     find_version(store, lineage, version)
     _, page = read_page(store, Versions(store).all(lineage), version)
     try:

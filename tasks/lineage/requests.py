@@ -19,7 +19,6 @@ from deal_core.data.schema import label_key
 from deal_core.errors import ConfigError
 from infra.lineage_state import LineageState, read_state, update
 from infra.store.base import ObjectStore
-from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.record import KnownSlice, KnownTask, LineageRecord, choose_task, read_record
 from tasks.lineage.tombstones import forgotten_tests
@@ -47,7 +46,7 @@ class LabelsResult(BaseModel, frozen=True):
     """Requested labels that the task already had."""
 
 
-def add_labels(lineage: str, task: str, labels: Sequence[str]) -> LabelsResult:
+def add_labels(store: ObjectStore, lineage: str, task: str, labels: Sequence[str]) -> LabelsResult:
     """Add labels to a task, after its present labels. The next version that learns the task has the labels too.
 
     A run that has already read its file ends without the new labels.
@@ -56,7 +55,6 @@ def add_labels(lineage: str, task: str, labels: Sequence[str]) -> LabelsResult:
         RegistryError: The lineage has no champion.
         ConfigError: The lineage does not know the task, the task has no labels, or a new label is not valid.
     """
-    store = current_store()
     learned = choose_task(read_record(store, find_version(store, lineage, None)), task).schema
     had = learned
 
@@ -86,7 +84,7 @@ class RenewalResult(BaseModel, frozen=True):
     """Whether the same was asked before and still waits for an arrival."""
 
 
-def renew_tests(lineage: str, task: str) -> RenewalResult:
+def renew_tests(store: ObjectStore, lineage: str, task: str) -> RenewalResult:
     """Let the next arrival of a task bring new test rows.
 
     The request names the present test rows. So it ends by itself when a version with other test rows becomes champion.
@@ -95,7 +93,6 @@ def renew_tests(lineage: str, task: str) -> RenewalResult:
         RegistryError: The lineage has no champion.
         ConfigError: The lineage does not know the task, or its name is too long for a slice's.
     """
-    store = current_store()
     record = read_record(store, find_version(store, lineage, None))
     known = choose_task(record, task)
     _next_slice(record, task)  # it raises now rather than after a training

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import yaml
-from pydantic import BeforeValidator, model_validator
+from pydantic import model_validator
 
 from deal_core.data.schema import is_name
 from deal_core.errors import ConfigError, RegistryError, in_one_line
@@ -22,7 +22,6 @@ from infra.lineage_state import read_state, update
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore, UnusableObjectError
 from infra.versions import Versions
-from tasks.context import current_store
 from tasks.lineage.consolidation import NEVER, ConsolidatePolicy
 from tasks.lineage.retrain import DEFAULT_POLICY, RetrainPolicy
 from tasks.spec import AdaptSpec, LineageSpec, Name, parse, read_lineage_values, resolve_base
@@ -349,12 +348,6 @@ def _over(stored: Mapping[str, Any], values: Mapping[str, Any], model: type[Line
     return merged
 
 
-def _fill_in(spec: Any) -> Any:
-    """Put a flow's mapping over the lineage's file. An AdaptSpec is complete."""
-    if not isinstance(spec, Mapping):
-        return spec
-    return _over(_stored_values(current_store(), spec.get("lineage", DEFAULT)), spec, AdaptSpec)
-
-
-AskedSpec = Annotated[AdaptSpec, BeforeValidator(_fill_in)]
-"""A spec as a flow's parameter. Missing settings come from the lineage's file when the run starts."""
+def over_stored(store: ObjectStore, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the values of an arrival's spec over those of the lineage's file."""
+    return _over(_stored_values(store, values.get("lineage", DEFAULT)), values, AdaptSpec)

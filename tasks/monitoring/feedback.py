@@ -20,7 +20,6 @@ from infra.log_batches import put_rows
 from infra.predictions import feedback_log, read_predictions
 from infra.store.base import ObjectStore
 from infra.store.keys import inbox_folder
-from tasks.context import current_store
 from tasks.inbox import task_spec
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
@@ -103,7 +102,7 @@ class FeedbackResult(BaseModel, frozen=True):
     """Rows about answers that the log does not have. They were taken, but only answers in the log can be learned."""
 
 
-def take_feedback_file(path: Path, lineage: str) -> FeedbackResult:
+def take_feedback_file(store: ObjectStore, path: Path, lineage: str) -> FeedbackResult:
     """Store the feedback of a file: CSV, JSON lines or Parquet, with `id` and the other keys of an entry as columns.
 
     A file without a column `label`, `answer` or `is_right` is read by the task's own name of its answers' column. Other
@@ -113,7 +112,7 @@ def take_feedback_file(path: Path, lineage: str) -> FeedbackResult:
         RegistryError: The lineage has no champion.
         DataValidationError: The file cannot be read, or a row is wrong. The message lists the first wrong rows.
     """
-    store, now = current_store(), time.time()
+    now = time.time()
     tasks = task_schemas(store, lineage)
     own = {name: (answer_column(as_landed(store, schema)), schema) for name, schema in tasks.items()}
     logged = read_predictions(store, lineage, columns=["id", "input"])

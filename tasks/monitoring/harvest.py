@@ -26,7 +26,7 @@ from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.keys import INBOX, harvest_key, inbox_folder
 from infra.store.stored import Stored, read_stored, write_stored
-from tasks.context import current_store, only_process
+from tasks.context import only_process
 from tasks.monitoring.feedback import as_landed, has_earlier_answers, row_columns, task_schemas
 
 FILE_PREFIX = "feedback-"
@@ -67,7 +67,7 @@ class HarvestResult(BaseModel, frozen=True):
     """Feedback with a right answer that was not harvested, by the reason."""
 
 
-def harvest_feedback(task: str, lineage: str) -> HarvestResult:
+def harvest_feedback(store: ObjectStore, task: str, lineage: str) -> HarvestResult:
     """Write the reviewed right answers to a task's logged texts into the task's inbox.
 
     The file has the columns of the task, and the origin of each row: `answer_id`, `answered_by`, `answered_at`,
@@ -79,7 +79,6 @@ def harvest_feedback(task: str, lineage: str) -> HarvestResult:
         RegistryError: The lineage has no champion.
         StoreError: The store does not answer, or the note of what was harvested is damaged.
     """
-    store = current_store()
     schemas = task_schemas(store, lineage)
     if task not in schemas:
         raise ConfigError(f"Lineage '{lineage}' knows no task '{task}'; it knows {', '.join(schemas)}.")

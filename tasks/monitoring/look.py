@@ -18,7 +18,6 @@ from infra.predictions import read_feedback, read_predictions
 from infra.store.base import ObjectStore
 from infra.store.keys import baseline_folder, baseline_key
 from infra.versions import Version
-from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
 from tasks.lineage.settings import WatchedLineage, stored_lineage
@@ -50,7 +49,7 @@ class MonitorResult(BaseModel, frozen=True):
     """Those that this look has announced."""
 
 
-def look_at(lineage: str, data: str | None = None, new_reference: bool = False) -> MonitorResult:
+def look_at(store: ObjectStore, lineage: str, data: str | None = None, new_reference: bool = False) -> MonitorResult:
     """Compare the live traffic of a lineage's champion with its reference.
 
     `data` is a file of answers instead of the prediction log; see `rows_of_file`. Then nothing is announced, and the
@@ -67,7 +66,6 @@ def look_at(lineage: str, data: str | None = None, new_reference: bool = False) 
             "--new-reference keeps rows of the prediction log for later looks, and --data compares a file once; give "
             "one of them."
         )
-    store = current_store()
     info = find_version(store, lineage, None)
     record = read_record(store, info)
     if data is None:

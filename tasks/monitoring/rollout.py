@@ -12,7 +12,6 @@ from deal_core.monitoring.rollout import RolloutReport, judge
 from infra.predictions import read_feedback, read_predictions
 from infra.promotions import Decision, Move, PromotionLog
 from infra.store.base import ObjectStore
-from tasks.context import current_store
 from tasks.lineage.history import find_version
 
 
@@ -39,9 +38,8 @@ class RolloutLook(BaseModel, frozen=True):
     """The promotion or rejection that it has made; None: it made none."""
 
 
-def look_at_rollout(lineage: str) -> RolloutStatus:
+def look_at_rollout(store: ObjectStore, lineage: str) -> RolloutStatus:
     """Judge what the prediction log and the feedback say about the version that is tried on live traffic."""
-    store = current_store()
     opened = PromotionLog(store).open_rollout(lineage)
     if opened is None or opened.champion is None:
         return RolloutStatus(lineage=lineage)

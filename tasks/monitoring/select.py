@@ -28,7 +28,7 @@ from deal_core.monitoring.feedback import KEYS, RANDOM_SHARE, select_rows
 from deal_core.monitoring.predictions import COLUMNS, answer_facts
 from deal_core.regular_file import complete_file
 from infra.predictions import feedback_ids, read_predictions
-from tasks.context import current_store
+from infra.store.base import ObjectStore
 from tasks.landed_inputs import task_inputs
 from tasks.monitoring.feedback import answer_column, as_landed, has_earlier_answers, input_columns, said_columns
 from tasks.predict import CHUNK_ROWS, Asked, OnProgress, answering
@@ -64,6 +64,7 @@ class SelectResult(BaseModel, frozen=True):
 
 
 def select_to_label(
+    store: ObjectStore,
     task: str,
     lineage: str,
     *,
@@ -79,6 +80,7 @@ def select_to_label(
     Texts with feedback are left out, and texts that have landed, as far as the store still has them.
 
     Args:
+        store: The store, which has the lineage.
         task: The task.
         lineage: Its champion has answered.
         data: Texts without labels: CSV, JSON lines or Parquet. The champion answers them. None: the prediction log.
@@ -97,7 +99,6 @@ def select_to_label(
     if output.suffix not in (".csv", ".jsonl"):
         raise ConfigError(f"The texts would go to {output.name}; give a name that ends in .csv or .jsonl.")
     _require_new(output)
-    store = current_store()
     asked = Asked.find(store, lineage, task, None)
     info, schema = asked.info, as_landed(store, asked.known.schema)
     _check_columns(schema)
@@ -107,7 +108,7 @@ def select_to_label(
     if data is None:
         rows, num_unusable = _logged_texts(logged[logged["version"] == info.version], schema, asked)
     else:
-        rows, num_unusable = _answered_texts(data, column, schema, asked, known, on_progress)
+        rows, num_unusable = _answered_texts(store, data, column, schema, asked, known, on_progress)
     chosen = select_rows(rows, number, random_share=random_share, known=known)
     inputs = set(rows["input_sha256"])
     if chosen.empty:
@@ -164,7 +165,13 @@ def _logged_texts(logged: pd.DataFrame, schema: TaskSchema, asked: Asked) -> tup
 
 
 def _answered_texts(
-    data: Path, column: str | None, schema: TaskSchema, asked: Asked, known: frozenset[str], on_progress: OnProgress
+    store: ObjectStore,
+    data: Path,
+    column: str | None,
+    schema: TaskSchema,
+    asked: Asked,
+    known: frozenset[str],
+    on_progress: OnProgress,
 ) -> tuple[pd.DataFrame, int]:
     """The different texts of a file as rows of the log, and the number of rows without one.
 
@@ -194,7 +201,7 @@ def _answered_texts(
     new = [text for digest, text in texts.items() if digest not in known]
     if new:
         on_rows = counting(on_progress, len(new))
-        with answering(asked) as answer:
+        with answering(store, asked) as answer:
             answers = [given for chunk in in_chunks(new, CHUNK_ROWS) for given in answer(chunk, on_rows)]
         for text, given in zip(new, answers, strict=True):
             facts = answer_facts(asked.known.schema, text, given.text)

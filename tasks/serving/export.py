@@ -26,7 +26,6 @@ from infra.settings import HomeSettings
 from infra.store.base import ObjectStore, temporary_folder
 from infra.versions import Version, Versions, descent
 from tasks.base import lend_base, release_base, require_base
-from tasks.context import current_store
 from tasks.lineage.frozen_rows import first_rows, load_test_set
 from tasks.lineage.history import find_version, rejected_by_person
 from tasks.lineage.model_card import NOT_STATED, example_rows, served_task, served_version
@@ -66,10 +65,11 @@ class Exported(BaseModel, frozen=True):
     """Type of the base model's weights in the comparison. A merged model has it too."""
 
 
-def export_version(lineage: str, version: str, to: Target, target: str) -> Exported:
+def export_version(store: ObjectStore, lineage: str, version: str, to: Target, target: str) -> Exported:
     """Export a version and check what was exported.
 
     Args:
+        store: The store, which has the version.
         lineage: Its lineage.
         version: Its number.
         to: merged: a transformers folder with base model and adapter in one. peft: the PEFT folder with its model card.
@@ -83,7 +83,6 @@ def export_version(lineage: str, version: str, to: Target, target: str) -> Expor
         IntegrityError: The export answers otherwise than the served version; nothing was written.
         RegistryError: The version may not leave: it was rejected, waits for a person, or learned from forgotten rows.
     """
-    store = current_store()
     info = find_version(store, lineage, version)
     require_exportable(store, info)
     record = read_record(store, info)

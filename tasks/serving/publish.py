@@ -21,7 +21,7 @@ from deal_core.base_model.sources import hub_address, resolve_base
 from deal_core.errors import ConfigError
 from infra.serving.version_files import write_peft_folder
 from infra.settings import EngineSettings, HomeSettings
-from tasks.context import current_store
+from infra.store.base import ObjectStore
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
 from tasks.lineage.version_files import borrowed_adapter, reading_beside
@@ -44,11 +44,18 @@ class Published(BaseModel, frozen=True):
 
 
 def publish(
-    lineage: str, folder: Path, settings: EngineSettings, *, version: str | None = None, model: str | None = None
+    store: ObjectStore,
+    lineage: str,
+    folder: Path,
+    settings: EngineSettings,
+    *,
+    version: str | None = None,
+    model: str | None = None,
 ) -> Published:
     """Write a version into a folder of adapters. The new folder appears at once and complete, and never changes.
 
     Args:
+        store: The store, which has the version.
         lineage: The lineage.
         folder: The servers' VLLM_LORA_RESOLVER_CACHE_DIR, as this machine sees it.
         settings: Limits of the servers.
@@ -61,7 +68,6 @@ def publish(
             under the name.
         RegistryError: There is no such version, or it may not be used elsewhere.
     """
-    store = current_store()
     info = find_version(store, lineage, version)
     require_exportable(store, info)
     with reading_beside(store, info.adapter_uri, CONFIG_FILE):

@@ -25,7 +25,7 @@ from botocore.exceptions import ClientError
 from benchmarks.speed.real_engine import PROGRAM, SETTINGS
 from benchmarks.tiny_base import NO_LIMITS, build_tiny_base
 from infra.settings import StoreSettings
-from infra.store.local import open_store
+from infra.store.opening import store_at
 from infra.store.provision import BUCKETS, policy_of
 from infra.versions import Version, Versions
 from tests.containers.daemon import docker, run
@@ -91,7 +91,7 @@ class Stack:
             "s3_access_key_id": self.values["STORE_WORKER_ACCESS_KEY"],
             "s3_secret_access_key": self.values["STORE_WORKER_SECRET_KEY"],
         }
-        return Versions(open_store("s3://deal", StoreSettings.model_validate(values))).all("support")
+        return Versions(store_at("s3://deal", StoreSettings.model_validate(values))).all("support")
 
     def address(self, service: str, port: int) -> str:
         return self.compose("port", service, str(port)).strip()

@@ -21,8 +21,8 @@ from benchmarks.long_life import LINEAGE, WORDS_OF, texts_of, write_story
 from benchmarks.output import DEAL
 from benchmarks.speed.serving import served
 from infra.promotions import PromotionLog
+from infra.store.opening import open_store
 from infra.versions import Version, Versions
-from tasks.context import current_store
 from tasks.lineage.record import read_record
 from tasks.predict import predict_file
 from tests.e2e.command import ROOT, deal
@@ -70,7 +70,7 @@ def learn(home: Path, story: Path, day: str, num_versions: int) -> list[str]:
             shutil.copyfile(story / name, landed)
     for attempt in tenacity.Retrying(wait=tenacity.wait_fixed(0.5), stop=tenacity.stop_after_delay(WAIT_SECONDS)):
         with attempt:
-            standings = [version.standing for version in Versions(current_store()).all(LINEAGE)]
+            standings = [version.standing for version in Versions(open_store()).all(LINEAGE)]
             assert len(standings) == num_versions and "left behind" not in standings
     return standings
 
@@ -104,25 +104,25 @@ def alone(home: Path, version: str, task: str, texts: list[str]) -> list[str]:
     asked, out = home.parent / "asked.jsonl", home.parent / "answered.jsonl"
     asked.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     out.unlink(missing_ok=True)
-    found = predict_file(asked, lineage=LINEAGE, task=task, version=version, out=out, column=None)
+    found = predict_file(open_store(), asked, lineage=LINEAGE, task=task, version=version, out=out, column=None)
     return [json.loads(line)[found.columns["answer"]] for line in out.read_text().splitlines()]
 
 
 def champions() -> list[str | None]:
     """The champions so far, as the promotion log has them."""
-    return [move.champion for move in PromotionLog(current_store()).moves(LINEAGE)]
+    return [move.champion for move in PromotionLog(open_store()).moves(LINEAGE)]
 
 
 def version_of(number: str) -> Version:
     """A version, also one whose adapter was removed."""
-    version = Versions(current_store()).find(LINEAGE, number)
+    version = Versions(open_store()).find(LINEAGE, number)
     assert version is not None
     return version
 
 
 def base_of(number: str) -> str:
     """The source of a version's base model."""
-    return read_record(current_store(), version_of(number)).base.source
+    return read_record(open_store(), version_of(number)).base.source
 
 
 def test_what_is_served_is_right_at_every_point_of_a_long_life(home: Path, story: Path) -> None:
@@ -167,13 +167,13 @@ def unlearn(home: Path, url: str) -> None:
     named = ("data", "delete", f"inbox/{ACME}/acme.jsonl", "--relearn", "--lineage", LINEAGE)
     planned = deal(home, *named, "--dry-run")
     assert [*planned["branch"]["arrivals"]] == ["5", "6"]
-    assert len(Versions(current_store()).all(LINEAGE)) == 6, "a dry run makes nothing"
+    assert len(Versions(open_store()).all(LINEAGE)) == 6, "a dry run makes nothing"
     result = deal(home, *named, "--yes")
     assert (result["status"], result["champion"]) == ("swapped", "8")
     assert [(made["version"], made["remakes"]) for made in result["made"]] == [("7", "5"), ("8", "6")]
     assert result["attestation"]["removed"] == ["4", "5", "6"]
     assert version_of("7").parent_version == "2", "the last version that never saw the rows"
-    assert not [info.key for number in "456" for info in current_store().list(version_of(number).adapter_uri)]
+    assert not [info.key for number in "456" for info in open_store().list(version_of(number).adapter_uri)]
 
 
 def change_base(home: Path, story: Path) -> None:

@@ -25,7 +25,7 @@ from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from infra.lineage_state import read_ended
 from infra.settings import StoreSettings, TrackingSettings
 from infra.store.base import ObjectStore
-from infra.store.local import open_store
+from infra.store.opening import store_at
 from infra.versions import Version, Versions
 from tests.e2e.command import DEAL
 from tests.e2e.postgres import find_binaries, running_postgres
@@ -103,7 +103,7 @@ class Whole:
         names = ("STORE_URI", "S3_ENDPOINT_URL", "S3_REGION", "S3_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY")
         values = {name.lower(): self.environment[f"DEAL_{name}"] for name in names}
         settings = StoreSettings.model_validate({"home": self.home, **values})
-        return open_store(settings.store_uri, settings)
+        return store_at(settings.store_uri, settings)
 
     def tracking(self) -> TrackingSettings:
         return TrackingSettings.model_validate({"home": self.home, "tracking_uri": self.mlflow_url})

@@ -22,8 +22,8 @@ from flows.requeue import requeue
 from flows.sensor import watch_inbox
 from flows.watch import adapt_landed
 from infra.lineage_state import Batch, read_ended, read_state
+from infra.store.opening import open_store
 from tasks.arrivals import HeldArrival, release
-from tasks.context import current_store
 from tasks.lineage.settings import WatchedLineage, add_lineage
 from tests.in_process import put_back
 
@@ -35,7 +35,7 @@ KEY, OTHER = "inbox/parcels/a.jsonl", "inbox/parcels/b.jsonl"
 def lineages(home: Path) -> None:
     """Two lineages. No row of what lands can be used, so each run ends without a training."""
     for name in ("l", "other"):
-        add_lineage(current_store(), WatchedLineage(lineage=name))
+        add_lineage(open_store(), WatchedLineage(lineage=name))
 
 
 def land(home: Path, name: str = "a.jsonl", content: bytes = b"nonsense\n") -> None:
@@ -56,7 +56,7 @@ def learn(lineage: str) -> list[str]:
 
 
 def claimed(lineage: str = "l") -> Batch:
-    batch = read_state(current_store(), lineage).claimed
+    batch = read_state(open_store(), lineage).claimed
     assert batch is not None and batch.run is not None
     return batch
 
@@ -74,7 +74,7 @@ def run_becomes(state: State, lineage: str = "l") -> UUID:
 
 
 def states(lineage: str = "l") -> dict[str, str]:
-    return {key: note.state for key, note in read_state(current_store(), lineage).arrivals.items()}
+    return {key: note.state for key, note in read_state(open_store(), lineage).arrivals.items()}
 
 
 def deal(*words: str) -> str:
@@ -148,7 +148,7 @@ def test_a_sensor_that_dies_after_it_has_started_a_run_starts_no_second_one(
     with monkeypatch.context() as patch:
         patch.setattr("flows.sensor.with_run", lambda state, **_: state)
         look()
-    batch = read_state(current_store(), "l").claimed
+    batch = read_state(open_store(), "l").claimed
     assert batch is not None and batch.run is None
     look()
     assert claimed().attempt == 1
@@ -193,7 +193,7 @@ def test_another_content_is_another_arrival(home: Path) -> None:
     look()
     assert states() == {KEY: "held"} and learn("l") == []
     land(home, content=b"again other nonsense\n")
-    assert learn("l") == [KEY] and read_ended(current_store(), "l")[KEY].outcome == "refused"
+    assert learn("l") == [KEY] and read_ended(open_store(), "l")[KEY].outcome == "refused"
 
 
 def test_a_hold_hides_no_lost_registry(home: Path) -> None:
@@ -202,7 +202,7 @@ def test_a_hold_hides_no_lost_registry(home: Path) -> None:
     run_becomes(Cancelled())
     look()
     assert KEY in deal("version", "list", "--lineage", "l"), "without any version"
-    current_store().put_bytes("promotions/l/00000001.json", b'{"version": "1"}')
+    open_store().put_bytes("promotions/l/00000001.json", b'{"version": "1"}')
     for words in (["version", "list"], ["data", "list"]):
         with put_back():
             found = CliRunner().invoke(app, [*words, "--lineage", "l"])
@@ -218,5 +218,5 @@ def test_the_remedy_is_a_command_for_a_shell() -> None:
 def test_only_what_is_held_can_go_on(home: Path) -> None:
     land(home)
     with pytest.raises(ConfigError) as refused:
-        release(current_store(), "l", [KEY])
+        release(open_store(), "l", [KEY])
     assert refused.value.code == "not-held"

@@ -27,8 +27,8 @@ from flows.forget import forget, plan_forget
 from flows.requeue import requeue
 from flows.watch import WatchResult, watch
 from infra.run_journal import RunJournal
+from infra.store.opening import open_store
 from infra.versions import Version, Versions
-from tasks.context import current_store
 from tasks.housekeeping.arrivals import list_data
 from tasks.lineage.consolidation import ConsolidatePolicy
 from tasks.lineage.history import find_version
@@ -80,7 +80,7 @@ def learned(two_tasks: Path, copy_to_home: Callable[[Path], Path]) -> None:
 
 def kept_by(number: str) -> dict[str, int]:
     """How many rows of each task a version keeps."""
-    with borrowed_adapter(current_store(), find_version(current_store(), "l", number), with_method=True) as folder:
+    with borrowed_adapter(open_store(), find_version(open_store(), "l", number), with_method=True) as folder:
         kept = load_method_state(folder).kept_rows
     return {task: size.num_rows for task, size in sizes_of(kept, ["bank", "clinic"]).items()}
 
@@ -100,8 +100,8 @@ def test_a_consolidation_learns_all_arrivals_and_is_judged_against_the_champion(
     rows: dict[str, list[str]] = {}
     gather = tasks.adaptation.train.gather_rows
 
-    def watched(planned: Any, record: Any, folder: Path) -> Any:
-        files = gather(planned, record, folder)
+    def watched(store: Any, planned: Any, record: Any, folder: Path) -> Any:
+        files = gather(store, planned, record, folder)
         rows.update({file.task.name: pq.read_table(file.rows_file).column("input").to_pylist() for file in files})
         return files
 
@@ -111,7 +111,7 @@ def test_a_consolidation_learns_all_arrivals_and_is_judged_against_the_champion(
     version = version_of(result)
     assert facts(version) == ("consolidation", "2", True, "learned")
     assert [(arrival.task, arrival.rows) for arrival in version.arrivals] == [("bank", "all"), ("clinic", "all")]
-    first, second = Versions(current_store()).all("l")[:2]
+    first, second = Versions(open_store()).all("l")[:2]
     assert [arrival.dataset_sha256 for arrival in version.arrivals] == [first.dataset_sha256, second.dataset_sha256]
 
     assert {task: len(texts) for task, texts in rows.items()} == {"bank": 72, "clinic": 72}
@@ -119,18 +119,18 @@ def test_a_consolidation_learns_all_arrivals_and_is_judged_against_the_champion(
     assert not tests & set(rows["bank"]), "test rows are never learned"
     assert kept_by("3") == kept_by("2") == {"bank": NUM_KEPT, "clinic": NUM_KEPT}, "the kept rows are handed on"
 
-    assert [(each.version, each.is_direct) for each in plan_forget(first.dataset_sha256).learned] == [
+    assert [(each.version, each.is_direct) for each in plan_forget(open_store(), first.dataset_sha256).learned] == [
         ("1", True),
         ("2", False),
         ("3", True),
     ]
-    assert {entry.dataset_sha256: entry.learned_by for entry in list_data(current_store())} == {
+    assert {entry.dataset_sha256: entry.learned_by for entry in list_data(open_store())} == {
         first.dataset_sha256: ("l/1", "l/3"),
         second.dataset_sha256: ("l/2", "l/3"),
     }, "a consolidation is no arrival"
     assert mlflow_run("l", version.run_key).data.metrics["debt/bank"] == pytest.approx(version.debts["bank"])
 
-    matrix = read_record(current_store(), version).matrix
+    matrix = read_record(open_store(), version).matrix
     assert matrix.learned == ("bank", "clinic", "(consolidation)")
     assert matrix.trained == ("bank", "clinic", "clinic") and matrix.consolidated == (2,)
     report = evaluation_of(result)
@@ -147,7 +147,7 @@ def test_a_consolidation_learns_all_arrivals_and_is_judged_against_the_champion(
         asyncio.run(requeue("l", ["3"]))
     after = run(tiny_base, {**BANK, "name": "bank2"})
     assert (after.status, after.parent_version) == ("promoted", "3"), "a consolidation is continued as any version"
-    assert {part.version for part in plan("l").parts} == {"1", "2", "4"}
+    assert {part.version for part in plan(open_store(), "l").parts} == {"1", "2", "4"}
 
 
 def test_what_is_left_is_learned_and_what_is_gone_is_named(tiny_base: Path, tmp_path: Path, home: Path) -> None:
@@ -158,14 +158,14 @@ def test_what_is_left_is_learned_and_what_is_gone_is_named(tiny_base: Path, tmp_
     spec = {"rehearsal": {"rows": 0}}
     run(tiny_base, {**BANK, "data": str(files["bank"])}, data={"retain_training_rows": True}, **spec)
     run(tiny_base, {**CLINIC, "data": str(files["clinic"])}, **spec)
-    assert {part.task: part.source for part in plan("l").parts} == {"bank": "retained", "clinic": "files"}
+    assert {part.task: part.source for part in plan(open_store(), "l").parts} == {"bank": "retained", "clinic": "files"}
 
     files["bank"].unlink()  # the store has its rows
     text = files["clinic"].read_text()
     files["clinic"].write_text(text + text.splitlines()[-1] + "\n")  # another file has this name now
     with pytest.raises(ConfigError, match="No row of clinic is left, so a version that starts from the base model"):
-        plan("l")
-    left = plan("l", "champion")
+        plan(open_store(), "l")
+    left = plan(open_store(), "l", "champion")
     assert (left.gone, [part.source for part in left.parts]) == (("clinic",), ["retained", "none"])
     assert "is not a file that version 2 of 'l' was trained on" in left.parts[1].why
     assert [arrival.task for arrival in left.arrivals] == ["bank"]
@@ -184,7 +184,7 @@ def test_kept_rows_stand_in_for_rows_that_are_gone(tiny_base: Path, tmp_path: Pa
     run(tiny_base, {**BANK, "data": str(file)})
     run(tiny_base, CLINIC)
     file.unlink()
-    planned = plan("l")
+    planned = plan(open_store(), "l")
     assert planned.kept == {"bank": NUM_KEPT} and planned.num_rows == NUM_KEPT + 72
     result = consolidated()
     version = version_of(result)
@@ -203,25 +203,25 @@ def test_rows_that_were_forgotten_are_never_learned_again(tiny_base: Path, tmp_p
     rows = [json.loads(line) for line in Path(BANK["data"]).read_text().splitlines()]
     file.write_text("".join(json.dumps({**row, "text": f"{row['text']} Please."}) + "\n" for row in rows))
     run(tiny_base, {**BANK, "data": str(file), "test_data": None})
-    forgotten = find_version(current_store(), "l", "3").dataset_sha256
+    forgotten = find_version(open_store(), "l", "3").dataset_sha256
     asyncio.run(forget(forgotten, "a complaint"))
     assert file.exists(), "a file outside of the inbox is left to its owner"
-    last = plan("l").parts[-1]
+    last = plan(open_store(), "l").parts[-1]
     assert (last.version, last.source, last.num_rows) == ("3", "none", 0) and "(a complaint)" in last.why
     consolidated()
-    learned = [each.version for each in plan_forget(forgotten).learned]
+    learned = [each.version for each in plan_forget(open_store(), forgotten).learned]
     assert learned == ["3"], "version 4 starts from the base model and has not seen the rows"
 
-    bank = Versions(current_store()).all("l")[0].dataset_sha256
-    roll_back("l", "3", who="test", why="to try again")
+    bank = Versions(open_store()).all("l")[0].dataset_sha256
+    roll_back(open_store(), "l", "3", who="test", why="to try again")
     asyncio.run(forget(bank, "test"))  # with the test rows of the task
     with pytest.raises(TestRowsForgottenError, match="no version can be judged on it"):
-        plan("l")
+        plan(open_store(), "l")
 
 
 def has_one_consolidation(home: Path) -> None:
     """Assert that one consolidation is champion, and that nothing of its run is left."""
-    store = current_store()
+    store = open_store()
     assert [facts(version) for version in Versions(store).all("l")[2:]] == [("consolidation", "2", True, "learned")]
     assert [each.state for each in RunJournal(store).all("l")] == ["finished"] * 3
     assert not list((home / "work").rglob("*.*")), "the gathered rows are gone"
@@ -248,7 +248,7 @@ def test_the_command_shows_the_plan_asks_and_trains() -> None:
     shown = CliRunner().invoke(app, ["lineage", "consolidate", "l", "--dry-run", "--json"])
     planned = json.loads(shown.stdout)
     assert (planned["start"], planned["champion"], planned["num_rows"]) == ("base", "2", 144)
-    assert planned["seconds"] > 0 and len(Versions(current_store()).all("l")) == 2
+    assert planned["seconds"] > 0 and len(Versions(open_store()).all("l")) == 2
     asked = CliRunner().invoke(app, ["lineage", "consolidate", "l"])
     assert asked.exit_code == 2 and "give --yes, or --dry-run" in asked.stderr
     done = CliRunner().invoke(app, ["lineage", "consolidate", "l", "--from", "champion", "--yes"])
@@ -272,8 +272,8 @@ def watched(base: Path, gate: dict[str, Any] | None = None, **policy: Any) -> Wa
         "train": TRAIN,
         "consolidate": policy,
     }
-    add_lineage(current_store(), parse(WatchedLineage, values, "test"), values)
-    return read_lineage(current_store(), "l")
+    add_lineage(open_store(), parse(WatchedLineage, values, "test"), values)
+    return read_lineage(open_store(), "l")
 
 
 def look(spec: WatchedLineage) -> WatchResult:
@@ -306,7 +306,7 @@ def test_a_spent_budget_lets_a_watch_consolidate_and_learn_again_what_was_reject
         land(home, f"parcels-{name}", "all.jsonl", "parcels/messages.jsonl")
     outcomes = [(seen.key.split("/")[1], seen.outcome) for seen in look(spec).files]
     assert outcomes == [("parcels-a", "promoted"), ("parcels-b", "rejected"), ("parcels-b", "promoted")]
-    versions = Versions(current_store()).all("l")
+    versions = Versions(open_store()).all("l")
     assert [(version.kind, version.parent_version) for version in versions] == [
         ("adaptation", None),
         ("adaptation", "1"),

@@ -10,8 +10,8 @@ from deal_core.adapter.files import ADAPTER_FILES, PROOF_FILE, WEIGHTS_FILE, dig
 from deal_core.errors import IntegrityError
 from deal_core.evaluation.answering import SERVED_FILE
 from infra.serving.version_files import SERVED_FILES, fetch_version
+from infra.store.opening import open_store
 from infra.versions import Version, Versions
-from tasks.context import current_store
 from tasks.lineage.record import RECORD_FILE
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 @pytest.fixture
 def champion(copied_home: Path) -> Version:
     """The champion, version 3, whose parent is version 1."""
-    info = Versions(current_store()).champion("l")
+    info = Versions(open_store()).champion("l")
     assert info is not None and info.version == "3"
     return info
 
@@ -31,12 +31,12 @@ def folder_of(home: Path, info: Version) -> Path:
 
 @pytest.mark.parametrize("name", SERVED_FILES)
 def test_what_is_fetched_to_be_served_is_compared_too(champion: Version, home: Path, tmp_path: Path, name: str) -> None:
-    fetch_version(current_store(), champion, tmp_path / "whole")
+    fetch_version(open_store(), champion, tmp_path / "whole")
     path = folder_of(home, champion) / name
     recorded, content = digests_of(path.parent, [name])[name], path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(IntegrityError) as caught:
-        fetch_version(current_store(), champion, tmp_path / "served")
+        fetch_version(open_store(), champion, tmp_path / "served")
     found = digests_of(path.parent, [name])[name]
     message = str(caught.value)
     for part in ("Version 3 of 'l'", name, recorded, found, "deal version rollback"):

@@ -21,8 +21,8 @@ from flows.adapt_result import AdaptResult
 from flows.champions import evaluate
 from infra.promotions import Move, PromotionLog
 from infra.run_journal import Run, RunJournal
+from infra.store.opening import open_store
 from infra.versions import UNREGISTERED, Version, Versions
-from tasks.context import current_store
 from tasks.lineage.promotion import move_champion
 from tasks.predict import predict
 from tests.adapting import BANK, CLINIC, FAIL, PASS, evaluation_of, next_parent, page_of, record_of, run, version_of
@@ -56,11 +56,11 @@ def first(home: Path, bank_home: Path, copy_to_home: Callable[[Path], Path]) -> 
 
 
 def versions() -> list[tuple[str, str, tuple[str, ...]]]:
-    return [(info.version, info.task, info.aliases) for info in Versions(current_store()).all("l")]
+    return [(info.version, info.task, info.aliases) for info in Versions(open_store()).all("l")]
 
 
 def journal_of(result: AdaptResult) -> Run:
-    found = RunJournal(current_store()).find(result.lineage, result.run_key)
+    found = RunJournal(open_store()).find(result.lineage, result.run_key)
     assert found is not None
     return found
 
@@ -73,7 +73,7 @@ def losses_in_mlflow(result: AdaptResult) -> list[int]:
 
 def quarantined(result: AdaptResult) -> list[Any]:
     assert result.dataset.quarantine is not None
-    return [json.loads(line) for line in current_store().get_bytes(result.dataset.quarantine).decode().splitlines()]
+    return [json.loads(line) for line in open_store().get_bytes(result.dataset.quarantine).decode().splitlines()]
 
 
 def test_the_first_arrival_becomes_champion_and_leaves_everything_in_its_place(first: AdaptResult, home: Path) -> None:
@@ -82,7 +82,7 @@ def test_the_first_arrival_becomes_champion_and_leaves_everything_in_its_place(f
     assert versions() == [("1", "bank", ("challenger", "champion"))]
     assert (result.dataset.num_train, result.dataset.num_test) == (72, 36)
 
-    store = current_store()
+    store = open_store()
     dataset, adapter = result.dataset.uri, f"adapters/l/{result.run_key[:16]}"
     assert dataset.startswith(f"datasets/bank/{result.dataset.sha256}/l/")
     kept = {info.key.removeprefix(f"{dataset}/") for info in store.list(dataset)}
@@ -136,7 +136,7 @@ def test_the_next_arrival_continues_the_champion_and_every_task_is_judged(
     assert matrix.rows[0][1] is not None, "the parent is measured on the new task before training"
     assert None not in matrix.base
     assert record.tasks[0].test_uris[0] == first.dataset.uri
-    findings = json.loads(current_store().get_bytes(f"adapters/l/{second.run_key[:16]}/findings.json"))
+    findings = json.loads(open_store().get_bytes(f"adapters/l/{second.run_key[:16]}/findings.json"))
     assert findings["evaluation"]["notes"][:2] == [
         "settings that differ from version 1's: gate.max_drop_points 1.0 (before: 100.0)",
         "rehearsed 18 rows of one old task, 4 a step",
@@ -160,7 +160,7 @@ def test_a_version_that_few_rows_judged_waits_if_it_is_asked_to(tiny_base: Path,
 def test_old_tasks_are_judged_within_a_budget_and_versions_on_the_same_rows(
     tiny_base: Path, first: AdaptResult
 ) -> None:
-    store, answers = current_store(), f"adapters/l/{first.run_key[:16]}/answers.json"
+    store, answers = open_store(), f"adapters/l/{first.run_key[:16]}/answers.json"
     rows = pq.read_table(BytesIO(store.get_bytes(f"{first.dataset.uri}/test.parquet"))).to_pylist()
     kept = json.loads(store.get_bytes(answers))
     for place, row in enumerate(sorted(rows, key=lambda row: row["sha256"])):
@@ -198,7 +198,7 @@ def test_two_processes_train_and_answer_and_one_version_is_registered(
     assert versions() == [("1", "bank", ("previous",)), ("2", "clinic", ("challenger", "champion"))]
     assert losses_in_mlflow(result) == [1, 2, 3]
     assert not list((home / "work").rglob("*.*")), "the files of the processes were not deleted"
-    newest = Versions(current_store()).all("l")[-1]
+    newest = Versions(open_store()).all("l")[-1]
     assert (newest.launch, newest.shard) == (launch, "none")
     alone = asyncio.run(evaluate("l"))  # by one process
     assert set(result.accuracies) == {"bank", "clinic"} and alone.accuracies == alone.recorded == result.accuracies
@@ -254,7 +254,7 @@ def test_a_task_is_asked_for_answers_as_long_as_when_it_was_learned(tiny_base: P
     later = run(tiny_base, CLINIC)  # with the default, which has more steps
     known = record_of(later).tasks
     assert [task.max_new_tokens for task in known] == [2, 12]
-    answer = predict("Count to 3.", lineage="l", task="counts", version=None).answer
+    answer = predict(open_store(), "Count to 3.", lineage="l", task="counts", version=None).answer
     assert 0 < len(answer.split()) <= 2
     scores = asyncio.run(evaluate("l"))
     assert scores.accuracies == scores.recorded
@@ -265,9 +265,9 @@ def test_a_refused_file_leaves_its_rows_in_quarantine_and_nothing_else(tiny_base
     arrival.write_text('{"text": "", "label": "a"}\n' * 5 + '{"text": "good", "label": "b"}\n')
     with pytest.raises(DataValidationError) as caught:
         run(tiny_base, {"name": "bank", "data": str(arrival)})
-    keys = [info.key for info in current_store().list()]
+    keys = [info.key for info in open_store().list()]
     assert len(keys) == 1 and keys[0].startswith("quarantine/bank/") and keys[0].endswith(".jsonl")
-    assert current_store().uri_of(keys[0]) in str(caught.value), "the message says where the rows are"
+    assert open_store().uri_of(keys[0]) in str(caught.value), "the message says where the rows are"
     assert versions() == []
 
 
@@ -313,7 +313,7 @@ def test_a_promotion_cut_short_is_completed_by_the_next_run(
 
     assert (repeat.status, repeat.rejected, repeat.version) == ("repeat", False, "2")
     assert versions() == [("1", "bank", ("previous",)), ("2", "clinic", ("challenger", "champion"))]
-    assert len(PromotionLog(current_store()).moves("l")) == 2, "no move is written twice"
+    assert len(PromotionLog(open_store()).moves("l")) == 2, "no move is written twice"
     assert journal_of(repeat).state == "finished" and "Version 2 of l" in page_of(repeat)[1]
     assert not list((home / "work").rglob("*.*")), "nothing of the killed run is left"
     assert not list((home / "store" / "datasets").rglob("train.parquet")), "the rows are learned"
@@ -367,7 +367,7 @@ def test_a_run_that_fails_is_failed_in_mlflow_at_once_if_mlflow_answers(
     with pytest.raises(DataValidationError, match="the cause"):
         run(tiny_base, BANK)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    (failed,) = RunJournal(current_store()).all("l")
+    (failed,) = RunJournal(open_store()).all("l")
     assert failed.state == "failed"
     assert mlflow_run("l", failed.run_key).info.status == ("RUNNING" if is_away else "FAILED")
     assert ("the next run or deal server sync" in caplog.text) is is_away
@@ -407,7 +407,7 @@ def test_a_version_that_another_has_overtaken_is_not_promoted(
         with pytest.raises(RegistryError, match=r"version 2 is champion now.*Run the same command again"):
             run(tiny_base, CLINIC)
     assert versions()[1:] == [("2", "bank", ("champion",)), ("3", "clinic", ("challenger",))]
-    overtaken_version = Versions(current_store()).all("l")[2]
+    overtaken_version = Versions(open_store()).all("l")[2]
     assert overtaken_version.accepted and overtaken_version.since.promoted is None, "it does not continue the champion"
     assert run(tiny_base, CLINIC).parent_version == "2", "the same command starts from the present champion"
 

@@ -26,10 +26,10 @@ from flows.forget import forget
 from flows.requeue import requeue
 from flows.watch import WatchResult, watch
 from infra.lineage_state import read_state
+from infra.store.opening import open_store
 from infra.versions import Version, Versions
 from tasks.arrival_check import read_scores
 from tasks.arrivals import held_arrivals, release
-from tasks.context import current_store
 from tasks.lineage.held import held_by_check
 from tasks.lineage.promotion import roll_back
 from tasks.lineage.reports import read_page
@@ -99,7 +99,7 @@ def learn(base: Path, path: Path, **more: Any) -> AdaptResult:
 
 
 def versions() -> tuple[Version, ...]:
-    return Versions(current_store()).all("l")
+    return Versions(open_store()).all("l")
 
 
 @pytest.fixture(scope="session")
@@ -132,7 +132,7 @@ def test_wrong_labels_are_held_before_any_training_until_a_person_lets_them_go(
     assert (held.status, held.rejected, held.version, len(versions())) == ("held", False, "1", 1)
     assert held.arrival is not None and held.arrival.verdict == "labels disagree"
     assert held.arrival.num_rows == held.arrival.of_rows == 60 and held.arrival.num_reference == NUM_TESTS
-    store = current_store()
+    store = open_store()
     assert not [info.key for info in store.list("datasets") if held.dataset.sha256 in info.key], "no row is kept"
     # the contradictions are rows whose label is wrong: every other row of the file
     assert [row.row is not None and row.row % 2 == 0 for row in held.contradictions] == [True] * 3
@@ -157,7 +157,7 @@ def test_wrong_labels_are_held_before_any_training_until_a_person_lets_them_go(
     assert not read_state(store, "l").held, "it is over"
 
     # What was learned against the labels of before is no reference, and a requeue is scored and not held.
-    roll_back("l", None, who="tester", why="a test")
+    roll_back(store, "l", None, who="tester", why="a test")
     (again,) = asyncio.run(requeue("l", ["2"]))
     assert (again.status, again.version) == ("promoted", "3")
     assert again.arrival is not None and again.arrival.verdict == "labels disagree"
@@ -167,7 +167,7 @@ def test_wrong_labels_are_held_before_any_training_until_a_person_lets_them_go(
 
 def _notes() -> Iterator[Path]:
     """The files of the store about arrivals that are held."""
-    root = Path(current_store().uri.removeprefix("file://"))
+    root = Path(open_store().uri.removeprefix("file://"))
     yield from (path for name in ("lineages", "arrivals") for path in (root / name).rglob("*.json"))
 
 
@@ -177,7 +177,7 @@ def test_corrected_labels_are_another_arrival(tiny_base: Path, tmp_path: Path) -
     may = write(tmp_path / "may.csv", half_wrong(right))
     assert learn(tiny_base, may).status == "held"
     assert learn(tiny_base, write(may, right)).status == "promoted"
-    assert not held_arrivals(read_state(current_store(), "l"))
+    assert not held_arrivals(read_state(open_store(), "l"))
 
 
 @pytest.mark.usefixtures("desk")
@@ -189,11 +189,11 @@ def test_a_good_month_is_scored_and_becomes_part_of_the_reference(tiny_base: Pat
     assert score.low < score.accuracy < score.high
     version = versions()[-1]
     assert version.arrival == score
-    kept = read_scores(current_store(), version.adapter_uri)
+    kept = read_scores(open_store(), version.adapter_uri)
     assert len(kept) == 60 and sum(kept) / 60 == pytest.approx(score.accuracy)
     metrics = mlflow_run("l", version.run_key).data.metrics
     assert (metrics["arrival/accuracy"], metrics["arrival/num_rows"]) == (score.accuracy, 60)
-    assert score.figure in read_page(current_store(), versions(), version.version)[1]
+    assert score.figure in read_page(open_store(), versions(), version.version)[1]
     shown = CliRunner().invoke(app, ["version", "list", "--lineage", "l"]).stdout
     assert "on arrival" in shown and score_text(score.accuracy, 60) in shown
 
@@ -220,14 +220,14 @@ def test_a_watch_holds_wrong_labels_goes_on_and_learns_what_is_released(tiny_bas
 
     assert look() == [("1-may.csv", "held", None), ("2-june.csv", "promoted", "2")]
     assert look() == [], "it waits"
-    (held,) = held_arrivals(read_state(current_store(), "l"))
+    (held,) = held_arrivals(read_state(open_store(), "l"))
     assert held.key == "inbox/desk/1-may.csv"
     listed = json.loads(CliRunner().invoke(app, ["data", "list", "--json"]).stdout)
     assert [each["name"] for each in listed if each["state"].startswith("held")] == [held.key]
     assert asyncio.run(requeue("l")) == [] and look() == [], "release is the only way"
     assert CliRunner().invoke(app, ["data", "release", held.key, "--lineage", "l"]).exit_code == 0
     assert look() == [("1-may.csv", "promoted", "3")]
-    assert may.exists() and not read_state(current_store(), "l").held
+    assert may.exists() and not read_state(open_store(), "l").held
 
 
 @pytest.mark.nightly
@@ -238,14 +238,14 @@ def test_by_its_settings_an_arrival_is_learned_with_a_note_or_without(
 ) -> None:
     learned = learn(tiny_base, write(tmp_path / "may.csv", half_wrong(rows(60, 3))), gate={"arrival": setting})
     assert learned.status == "promoted" and learned.arrival is not None and learned.arrival.verdict == verdict
-    page = read_page(current_store(), versions(), versions()[-1].version)[1]
+    page = read_page(open_store(), versions(), versions()[-1].version)[1]
     assert ("of the labels agree with version 1" in page) is (setting == "warn")
 
 
 @pytest.mark.nightly
 @pytest.mark.usefixtures("desk")
 def test_rows_with_a_new_label_do_not_count(tiny_base: Path, tmp_path: Path) -> None:
-    add_labels("l", "desk", ["theft"])
+    add_labels(open_store(), "l", "desk", ["theft"])
     new = [(text, "theft") for text, _ in rows(60, 6)]
     learned = learn(tiny_base, write(tmp_path / "may.csv", [*rows(40, 3), *new]))
     assert learned.status == "promoted" and learned.arrival is not None and learned.arrival.num_rows == 40
@@ -254,12 +254,12 @@ def test_rows_with_a_new_label_do_not_count(tiny_base: Path, tmp_path: Path) -> 
 @pytest.mark.usefixtures("desk")
 def test_a_check_says_the_same_and_learns_nothing(tmp_path: Path) -> None:
     may = write(tmp_path / "may.csv", half_wrong(rows(60, 3)))
-    before = {info.key: info.etag for info in current_store().list("")}
+    before = {info.key: info.etag for info in open_store().list("")}
     found = CliRunner().invoke(app, ["check", str(may), "--task", "desk", "--lineage", "l", "--json"])
     assert found.exit_code == 0, found.output
     arrival = json.loads(found.stdout)["arrival"]
     assert (arrival["score"]["verdict"], arrival["score"]["num_rows"]) == ("labels disagree", 60)
     assert all(row["row"] % 2 == 0 and row["text"] for row in arrival["contradictions"])
-    assert {info.key: info.etag for info in current_store().list("")} == before
+    assert {info.key: info.etag for info in open_store().list("")} == before
     shown = CliRunner().invoke(app, ["check", str(may), "--task", "desk", "--lineage", "l", "--no-score", "--json"])
     assert json.loads(shown.stdout)["arrival"] is None

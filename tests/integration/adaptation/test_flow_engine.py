@@ -12,7 +12,7 @@ from deal_core.evaluation.proof import read_proof
 from infra.serving.version_files import fetch_version
 from infra.settings import HomeSettings
 from infra.store.keys import fingerprint_key
-from tasks.context import current_store
+from infra.store.opening import open_store
 from tasks.lineage.frozen_rows import load_test_set, read_answers
 from tasks.lineage.record import read_record
 from tests.adapting import BANK, CLINIC, evaluation_of, run, version_of
@@ -25,7 +25,7 @@ def test_the_engine_answers_the_test_rows_and_only_answers_of_one_engine_are_com
     prefect_api: None, home: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     del prefect_api
-    store, engine = current_store(), FakeVllm(tiny_base)
+    store, engine = open_store(), FakeVllm(tiny_base)
     with running(engine):
         monkeypatch.setenv("DEAL_EVALUATE_ENGINE", engine.url)
         learned = run(tiny_base, BANK)

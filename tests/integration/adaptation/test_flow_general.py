@@ -14,8 +14,8 @@ from deal_core.general.suites import Suite, read_rows
 from infra.general_scores import SuiteScores, keep_scores, read_scores
 from infra.settings import TrackingSettings
 from infra.store.keys import adapter_scores_key, base_scores_key
+from infra.store.opening import open_store
 from infra.tracking.client import open_client
-from tasks.context import current_store
 from tests.adapting import BANK, CLINIC, PASS, evaluation_of, page_of, run, version_of
 
 ROWS = len(read_rows("json"))
@@ -52,7 +52,7 @@ def test_suites_are_asked_once_judged_and_shown(
     prefect_api: None, home: Path, tiny_base: Path, abilities: Abilities
 ) -> None:
     del prefect_api
-    store, suites = current_store(), {"evaluate": {"general": ["json", "tools"]}}
+    store, suites = open_store(), {"evaluate": {"general": ["json", "tools"]}}
     abilities.of_base = {"json": 0.8, "tools": 0.15}
     abilities.of_adapters = {"json": 0.75}
 

@@ -13,8 +13,8 @@ from deal_core.data.rows import stored_input_digest
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from flows.adapt_result import AdaptResult
 from flows.forget import forget
+from infra.store.opening import open_store
 from infra.versions import Versions
-from tasks.context import current_store
 from tasks.lineage.datasets import learned_inputs
 from tasks.lineage.frozen_rows import load_added, read_answers
 from tests.adapting import FAIL, evaluation_of, page_of, record_of, run, version_of
@@ -51,11 +51,11 @@ def sizes(result: AdaptResult) -> list[int | None]:
 
 
 def answered(result: AdaptResult) -> int:
-    return len(read_answers(current_store(), version_of(result).adapter_uri).now["colours"])
+    return len(read_answers(open_store(), version_of(result).adapter_uri).now["colours"])
 
 
 def test_test_rows_grow_by_accepted_versions_and_judge_from_the_next_one_on(tiny_base: Path, tmp_path: Path) -> None:
-    store, april = current_store(), rows_of("april", 60)
+    store, april = open_store(), rows_of("april", 60)
     first = learn(tiny_base, tmp_path, "april", april)
     assert (first.dataset.num_test, first.dataset.num_added, first.added) == (20, 0, None), "a third of few rows"
 

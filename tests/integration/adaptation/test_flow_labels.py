@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from deal_pipeline.cli.app import app
 from flows.forget import forget
+from infra.store.opening import open_store
 from infra.versions import Versions
 from tasks import scorer
-from tasks.context import current_store
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
@@ -71,7 +71,7 @@ def keep_what_is_asked(patch: pytest.MonkeyPatch) -> list[tuple[str, bool, int]]
 
 
 def labels_of(version: int) -> list[str]:
-    known = read_record(current_store(), find_version(current_store(), "l", str(version))).task("bank")
+    known = read_record(open_store(), find_version(open_store(), "l", str(version))).task("bank")
     assert known is not None
     return list(known.schema.labels)
 
@@ -88,7 +88,7 @@ def test_rows_of_a_new_label_are_bad_until_the_label_is_added(deal: Deal, tiny_b
     assert "knows no task 'bnak'; it knows bank." in deal("task", "add-label", "bnak", NEW)["error"]
     assert deal("check", str(more), "--task", "bank")["data"]["num_rejected"] == 0
 
-    store = current_store()
+    store = open_store()
     settings = {"base_model": str(tiny_base), "gate": NO_LIMITS, "train": {"max_steps": 2, "max_prompt_tokens": 192}}
     store.put_bytes("lineages/l.yaml", yaml.safe_dump(settings).encode())
     store.put_bytes("inbox/bank/task.yaml", yaml.safe_dump({"labels": LABELS}).encode())
@@ -96,14 +96,16 @@ def test_rows_of_a_new_label_are_bad_until_the_label_is_added(deal: Deal, tiny_b
     (seen,) = deal("adapt", "--watch", "--once", "--poll", "0.1")["files"]
     assert seen["outcome"] == "promoted", seen
 
-    version = Versions(current_store()).all("l")[2]
+    version = Versions(open_store()).all("l")[2]
     assert (labels_of(1), labels_of(2), labels_of(3)) == (LABELS, LABELS, [*LABELS, NEW])
     findings = json.loads(store.get_bytes(f"{version.adapter_uri}/findings.json"))
     manifest = read_manifest(store, findings["dataset"]["uri"])
     assert (manifest.num_train, manifest.num_rejected, list(manifest.task.labels)) == (23, 0, [*LABELS, NEW])
     assert any(f"bank gains the labels {NEW}" in note for note in findings["evaluation"]["notes"])
     assert findings["evaluation"]["parent_accuracies"]["bank"] == without.accuracies["bank"]
-    asked = [predict("It kept my card.", lineage="l", task="bank", version=number).prompt for number in ("2", None)]
+    asked = [
+        predict(store, "It kept my card.", lineage="l", task="bank", version=number).prompt for number in ("2", None)
+    ]
     assert [NEW in prompt for prompt in asked] == [False, True]
     assert deal("adapt", "--task", "bank", "--data", str(more))["status"] == "repeat"
 
@@ -124,9 +126,7 @@ def test_old_test_rows_are_asked_of_each_version_by_its_own_labels(
     assert third.status == "promoted" and third.dataset.new_labels == (NEW,)
     of_arrival = ("bank", False, 20)  # the champion answers what has landed, without the rows of the label that is new
     assert asked == [of_arrival, ("bank", False, 31), ("bank", True, 36), ("clinic", False, 36)]
-    findings = json.loads(
-        current_store().get_bytes(f"{Versions(current_store()).all('l')[2].adapter_uri}/findings.json")
-    )
+    findings = json.loads(open_store().get_bytes(f"{Versions(open_store()).all('l')[2].adapter_uri}/findings.json"))
     notes = findings["evaluation"]["notes"]
     assert any("new labels of bank are longer than" in note for note in notes)
 

@@ -10,7 +10,7 @@ import pytest
 from deal_core.evaluation.metrics import MODULES_VARIABLE
 from deal_pipeline.cli.check import show_validation
 from deal_pipeline.cli.console import show_adaptation
-from tasks.context import current_store
+from infra.store.opening import open_store
 from tasks.lineage.frozen_rows import read_answers
 from tasks.validate import spec_to_check, validate
 from tests.adapting import BANK, FAIL, page_of, record_of, run
@@ -56,7 +56,7 @@ def test_free_answers_are_judged_by_rouge_l_and_labels_by_exact_match(notes: dic
 
 def test_the_likelihood_of_the_references_needs_no_answers(notes: dict[str, str], tiny_base: Path) -> None:
     result = run(tiny_base, {**notes, "metric": "loss"})
-    kept = read_answers(current_store(), f"adapters/l/{result.run_key[:16]}")
+    kept = read_answers(open_store(), f"adapters/l/{result.run_key[:16]}")
     assert kept is not None
     shares = [float(answer) for answer in kept.now["notes"].values()]
     assert len(shares) == 10 and all(0 < share < 1 for share in shares)
@@ -70,7 +70,7 @@ def test_an_answer_may_be_any_of_several_and_a_file_is_told_how_many_rows_have_t
     rows = [json.loads(line) for line in Path(notes["data"]).read_text().splitlines()]
     rows = [{**row, "completion": [row["completion"], "…"]} for row in rows]
     Path(notes["data"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    checked = validate(*spec_to_check(notes["data"], task="notes"))
+    checked = validate(open_store(), *spec_to_check(open_store(), notes["data"], task="notes"))
     assert checked.num_several == len(rows) and checked.example is not None
     assert checked.example.answer.endswith("is reported.")
     assert f"{len(rows)} rows have several right answers" in "\n".join(map(str, show_validation(checked)))

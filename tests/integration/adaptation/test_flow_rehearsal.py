@@ -16,9 +16,9 @@ from deal_core.adapter.files import METHOD_TENSORS_FILE, MethodState
 from deal_core.adapter.state import load_method_state
 from deal_core.strategies.kept_rows import rows_name, unpack
 from flows.adapt_result import AdaptResult
+from infra.store.opening import open_store
 from tasks.adaptation.evaluate import score_version
 from tasks.adaptation.resume import read_findings
-from tasks.context import current_store
 from tasks.lineage.frozen_rows import ANSWERS_FILE, read_answers
 from tasks.lineage.history import find_version
 from tasks.lineage.version_files import borrowed_adapter
@@ -34,7 +34,7 @@ WARDS = {**CLINIC, "name": "wards", "instruction": "Which ward?"}
 
 def state_of(number: str) -> MethodState:
     """The method's state of a version of lineage `l`."""
-    store = current_store()
+    store = open_store()
     with borrowed_adapter(store, find_version(store, "l", number), with_method=True) as folder:
         return load_method_state(folder)
 
@@ -53,7 +53,7 @@ def num_kept(number: str, *tasks: str) -> list[int]:
 
 def notes_of(result: AdaptResult) -> list[str]:
     """The notes of a version's training, the rehearsal's first."""
-    return list(read_findings(version_of(result).adapter_uri).training.notes)
+    return list(read_findings(open_store(), version_of(result).adapter_uri).training.notes)
 
 
 @pytest.mark.usefixtures("copied_home")
@@ -63,8 +63,8 @@ def test_rows_of_both_tasks_are_kept_and_those_of_the_first_were_rehearsed(tiny_
     assert num_kept("3", "bank", "clinic") == num_kept("2", "bank", "clinic") == [18, 18]
     assert torch.equal(kept_by("3")[rows_name("bank")], kept_by("1")[rows_name("bank")])
     assert state_of("3").stores == "data"
-    uris = {number: find_version(current_store(), "l", number).adapter_uri for number in ("1", "3")}
-    notes = {number: list(read_findings(uri).training.notes) for number, uri in uris.items()}
+    uris = {number: find_version(open_store(), "l", number).adapter_uri for number in ("1", "3")}
+    notes = {number: list(read_findings(open_store(), uri).training.notes) for number, uri in uris.items()}
     assert notes["1"] == [] and notes["3"][0] == "rehearsed 18 rows of one old task, 4 a step"
     assert not [note for note in notes["3"] if "gone" in note or "not rehearsed" in note]
 
@@ -84,15 +84,15 @@ def test_rows_of_both_tasks_are_kept_and_those_of_the_first_were_rehearsed(tiny_
 
 @pytest.mark.usefixtures("copied_home")
 def test_every_test_row_judges() -> None:
-    version = find_version(current_store(), "l", "3")
-    evaluation = read_findings(version.adapter_uri).evaluation.to_json()
+    version = find_version(open_store(), "l", "3")
+    evaluation = read_findings(open_store(), version.adapter_uri).evaluation.to_json()
     assert evaluation["num_rows"] == {"bank": 36, "clinic": 36}
     assert {task: len(marks) for task, marks in evaluation["parent_outcomes"].items()} == {"bank": 36, "clinic": 36}
-    answers = read_answers(current_store(), version.adapter_uri).now
+    answers = read_answers(open_store(), version.adapter_uri).now
     assert {task: len(of_rows) for task, of_rows in answers.items()} == {"bank": 36, "clinic": 36}
     assert not [note for note in evaluation["notes"] if "judge" in note]
-    current_store().delete(f"{version.adapter_uri}/{ANSWERS_FILE}")  # as `deal data delete` of another task does
-    assert score_version(version).num_rows == {"bank": 36, "clinic": 36}
+    open_store().delete(f"{version.adapter_uri}/{ANSWERS_FILE}")  # as `deal data delete` of another task does
+    assert score_version(open_store(), version).num_rows == {"bank": 36, "clinic": 36}
 
 
 @pytest.mark.usefixtures("copied_home")
@@ -118,7 +118,7 @@ def test_kept_rows_that_a_setting_drops_are_rehearsed_once_more_and_then_gone(ti
     result = run(tiny_base, WARDS, rehearsal={"rows": 0})
     assert notes_of(result)[0] == "rehearsed 36 rows of 2 old tasks, 4 a step" and kept_by("4") == {}
     assert state_of("4").stores == "nothing"
-    files = current_store().list(version_of(result).adapter_uri)
+    files = open_store().list(version_of(result).adapter_uri)
     assert not [info.key for info in files if info.key.endswith(METHOD_TENSORS_FILE)], "no row is stored"
     (note,) = (note for note in notes_of(result) if "gone" in note)
     assert note == "kept rows of 2 tasks are gone: rehearsal.rows is 0, or the strategy keeps none"
@@ -128,9 +128,9 @@ def test_kept_rows_that_a_setting_drops_are_rehearsed_once_more_and_then_gone(ti
 @pytest.mark.usefixtures("copied_home")
 def test_a_plan_counts_the_rows_that_are_rehearsed(tiny_base: Path) -> None:
     settings = {"lineage": "l", "base_model": str(tiny_base), "train": TRAIN}
-    usual = plan(parse(AdaptSpec, {**settings, "task": WARDS}, "test"), probe=False)
+    usual = plan(open_store(), parse(AdaptSpec, {**settings, "task": WARDS}, "test"), probe=False)
     assert (usual.rehearsed_per_step, usual.num_kept) == (4, 18)
     assert "the parent answers rows of old tasks: a model reads 36 texts before the training" in usual.notes
     spec = parse(AdaptSpec, {**settings, "task": WARDS, "rehearsal": {"rows": 9, "per_step": 2}}, "test")
-    fewer = plan(spec, probe=False)
+    fewer = plan(open_store(), spec, probe=False)
     assert (fewer.rehearsed_per_step, fewer.num_kept) == (2, 9)

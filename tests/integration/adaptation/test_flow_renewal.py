@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from deal_pipeline.cli.app import app
 from flows.adapt_result import AdaptResult
 from flows.forget import forget
-from tasks.context import current_store
+from infra.store.opening import open_store
 from tasks.lineage.frozen_rows import read_answers
 from tests.adapting import PASS, page_of, record_of, run, version_of
 from tests.in_process import put_back
@@ -87,10 +87,10 @@ def test_earlier_rows_can_be_forgotten_and_the_lineage_learns_on(home: Path, tin
     first = learn(tiny_base, file_of(tmp_path, "january", "warm", "cold"))
     renew(home)
     second = learn(tiny_base, file_of(tmp_path, "june", "warm", "cold"), min_gain_points=-100.0)
-    answered = read_answers(current_store(), version_of(second).adapter_uri).now
+    answered = read_answers(open_store(), version_of(second).adapter_uri).now
     assert len(answered["colours"]) == len(answered["colours.old-1"]) == 10
     asyncio.run(forget(first.dataset.sha256))
-    left = read_answers(current_store(), version_of(second).adapter_uri).now
+    left = read_answers(open_store(), version_of(second).adapter_uri).now
     assert left["colours"] == answered["colours"] and not left["colours.old-1"]
     third = learn(tiny_base, file_of(tmp_path, "july", "warm", "cold"), min_gain_points=-100.0)
     assert set(third.accuracies) == {"colours"} and third.status == "promoted"

@@ -19,10 +19,10 @@ from deal_pipeline.cli.app import app
 from deal_pipeline.cli.session import FAILED, STOPPED, WRONG_USE
 from flows.adapt import adapt
 from infra.lineage_state import read_ended
+from infra.store.opening import open_store
 from infra.versions import Versions
 from tasks.adaptation.resume import read_findings
 from tasks.arrivals import end_try
-from tasks.context import current_store
 from tasks.spec import AdaptSpec
 from tests.in_process import put_back
 
@@ -60,21 +60,21 @@ def support(tiny_base: Path) -> dict[str, Any]:
 
 
 def store_settings(settings: dict[str, Any]) -> None:
-    current_store().put_bytes("lineages/support.yaml", yaml.safe_dump(settings).encode())
+    open_store().put_bytes("lineages/support.yaml", yaml.safe_dump(settings).encode())
 
 
 def land(name: str) -> None:
-    current_store().put_bytes(f"inbox/{name}", ROWS.read_bytes())
+    open_store().put_bytes(f"inbox/{name}", ROWS.read_bytes())
 
 
 def spec_of(number: int) -> dict[str, Any]:
-    return dict(read_findings(Versions(current_store()).all("support")[number - 1].adapter_uri).spec)
+    return dict(read_findings(open_store(), Versions(open_store()).all("support")[number - 1].adapter_uri).spec)
 
 
 def test_deal_adapt_keeps_to_the_lineage_s_file(deal: Deal, support: dict[str, Any]) -> None:
     said = ("adapt", "--task", "parcels", "--data", str(ROWS), "--lineage", "support")
     assert deal(*said)["status"] == "awaiting approval"
-    assert Versions(current_store()).champion("support") is None
+    assert Versions(open_store()).champion("support") is None
     assert spec_of(1)["train"]["max_steps"] == 2 and spec_of(1)["strategy"] == "seq_lora"
     assert deal(*said, "--set", "strategy=deal")["status"] == "awaiting approval"
     assert spec_of(2)["train"]["max_steps"] == 2 and spec_of(2)["strategy"] == "deal"
@@ -97,7 +97,7 @@ def test_deal_watch_keeps_to_the_lineage_s_file(deal: Deal, support: dict[str, A
     land("parcels/a.jsonl")
     (seen,) = deal("adapt", "--watch", "--once", "--poll", "0.1", "--lineage", "support")["files"]
     assert (seen["key"], seen["outcome"]) == ("inbox/parcels/a.jsonl", "awaiting approval")
-    assert Versions(current_store()).champion("support") is None and spec_of(1)["train"]["max_steps"] == 2
+    assert Versions(open_store()).champion("support") is None and spec_of(1)["train"]["max_steps"] == 2
     path = tmp_path / "support.yaml"
     path.write_text(yaml.safe_dump({"lineage": "support", "tasks": ["bank"], "gate": {"approval": "automatic"}}))
     (seen,) = deal("adapt", str(path), "--watch", "--once", "--poll", "0.1")["files"]
@@ -140,15 +140,15 @@ def test_ctrl_c_between_two_files_is_told_by_the_exit_code(
         return result
 
     for number in range(num_files):
-        current_store().put_bytes(f"inbox/parcels/{number}.jsonl", b"nonsense\n")
+        open_store().put_bytes(f"inbox/parcels/{number}.jsonl", b"nonsense\n")
     words = ["adapt", "--watch", "--once", "--poll", "0.1", "-l", "support"]
     with monkeypatch.context() as patch:
         patch.setattr("flows.watch.end_try", end)
         stopped = CliRunner().invoke(app, words)
     assert stopped.exit_code == code, stopped.output
-    assert len(read_ended(current_store(), "support")) == 1
+    assert len(read_ended(open_store(), "support")) == 1
     CliRunner().invoke(app, words)
-    assert len(read_ended(current_store(), "support")) == num_files
+    assert len(read_ended(open_store(), "support")) == num_files
 
 
 def test_a_plan_and_a_check_of_a_file_keep_to_the_lineage_s_file(
@@ -181,8 +181,8 @@ def test_a_lineage_is_held_shown_resumed_and_removed_by_command(
     assert deal("lineage", "show", "support")["train"]["max_steps"] == 2
     result = CliRunner().invoke(app, ["lineage", "delete", "support", "--home", str(home)])
     assert result.exit_code == WRONG_USE and "the only lineage with settings" in " ".join(result.output.split())
-    current_store().put_bytes("lineages/other.yaml", b"tasks: [bank]")
+    open_store().put_bytes("lineages/other.yaml", b"tasks: [bank]")
     deal("lineage", "delete", "support")
-    assert not current_store().exists("lineages/support.yaml")
+    assert not open_store().exists("lineages/support.yaml")
     result = CliRunner().invoke(app, ["lineage", "show", "support", "--home", str(home)])
     assert result.exit_code == WRONG_USE and "There is no" in result.output

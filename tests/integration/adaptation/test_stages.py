@@ -15,7 +15,9 @@ import tasks.adaptation.ingest as ingest_stage
 import tasks.adaptation.train as train_stage
 from deal_core.errors import DataValidationError, StoreError
 from flows.adapt import begin
+from flows.adapt_result import AdaptResult
 from infra.store.local import FileStore
+from infra.store.opening import open_store
 from infra.versions import Versions
 from tasks.adaptation.evaluate import evaluate_version
 from tasks.adaptation.gate import judge_version
@@ -26,7 +28,6 @@ from tasks.adaptation.report import report_version
 from tasks.adaptation.resume import find_parent
 from tasks.adaptation.run import AdaptationRun, load_base, start_run
 from tasks.adaptation.train import train_version
-from tasks.context import current_store
 from tasks.references import TrainedAdapter
 from tasks.spec import AdaptSpec, parse
 from tests.adapting import BANK, CLINIC, FAIL, run
@@ -70,7 +71,12 @@ def counted(patch: pytest.MonkeyPatch, module: Any, name: str) -> list[str]:
 def prepare(base: Path, task: dict[str, Any]) -> AdaptationRun:
     """All that comes before the training of a task."""
     spec = parse(AdaptSpec, {"lineage": "l", "base_model": str(base), "task": task, "train": QUICK}, "test")
-    prepared = asyncio.run(flow(begin)(spec))
+
+    @flow
+    async def begun() -> AdaptationRun | AdaptResult:
+        return await begin(open_store(), spec)
+
+    prepared = asyncio.run(begun())
     assert isinstance(prepared, AdaptationRun)
     return prepared
 
@@ -110,7 +116,7 @@ def test_a_stage_that_loses_its_connection_is_tried_again_and_the_run_goes_on(
     }
     assert tried_again == {"ingest", "train", "register", "promote", "report"}
     assert len(trainings) == 1, "a training that has ended is not repeated, because its upload failed"
-    assert [version.version for version in Versions(current_store()).all("l")] == ["1"], "nothing is registered twice"
+    assert [version.version for version in Versions(open_store()).all("l")] == ["1"], "nothing is registered twice"
 
 
 def test_a_flow_of_ones_own_trains_and_judges_and_registers_nothing(tiny_base: Path) -> None:
@@ -118,7 +124,7 @@ def test_a_flow_of_ones_own_trains_and_judges_and_registers_nothing(tiny_base: P
     example = runpy.run_path(str(Path(__file__).parents[3] / "docs" / "own_flow.py"))
     values = {"lineage": "l", "base_model": str(tiny_base), "task": BANK, "train": QUICK, "gate": FAIL}
     assert asyncio.run(example["try_out"](parse(AdaptSpec, values, "test"))).startswith("rejected: bank ")
-    assert Versions(current_store()).all("l") == ()
+    assert Versions(open_store()).all("l") == ()
     assert run(tiny_base, BANK).status == "promoted"
     assert "version 1 has learned from this arrival" in asyncio.run(
         example["try_out"](parse(AdaptSpec, values, "test"))

@@ -13,8 +13,8 @@ import pytest
 from deal_core.adapter.files import ADAPTER_FILES
 from flows.branch import BranchResult
 from flows.relearn import relearn
+from infra.store.opening import open_store
 from infra.versions import Version, Versions
-from tasks.context import current_store
 from tests.adapting import run
 from tests.conftest import MakeOnce
 from tests.integration.conftest import NO_MLFLOW
@@ -41,14 +41,14 @@ def small_task(folder: Path, name: str, part: str = "") -> dict[str, Any]:
 
 def champion() -> Version:
     """The champion of lineage `l`."""
-    version = Versions(current_store()).champion("l")
+    version = Versions(open_store()).champion("l")
     assert version is not None
     return version
 
 
 def adapter(version: Version) -> dict[str, bytes]:
     """The weights, the configuration and the method's state of a version, as bytes."""
-    store = current_store()
+    store = open_store()
     places = {name: f"{version.adapter_uri}/{name}" for name in ADAPTER_FILES}
     found = {name: store.get_bytes(key) for name, key in places.items() if store.exists(key)}
     assert len(found) >= 2
@@ -57,7 +57,7 @@ def adapter(version: Version) -> dict[str, bytes]:
 
 def delete(task: str, **options: Any) -> BranchResult:
     """Delete the only arrival of a task, and relearn."""
-    arrival = next(version for version in Versions(current_store()).all("l") if version.task == task)
+    arrival = next(version for version in Versions(open_store()).all("l") if version.task == task)
     return asyncio.run(relearn("l", arrival.dataset_sha256, who="tester", **options))
 
 

@@ -30,9 +30,9 @@ from infra.predictions import prediction_log, read_predictions
 from infra.promotions import PromotionLog
 from infra.run_journal import RunJournal
 from infra.settings import EngineSettings
+from infra.store.opening import open_store
 from infra.versions import Versions
 from tasks.adaptation.gate import judge_against
-from tasks.context import current_store
 from tasks.lineage.branch import BranchOpenError, ChampionMovedError, accept_result
 from tasks.lineage.history import find_version
 from tasks.lineage.promotion import find_left_behind, promote_to, roll_back
@@ -56,11 +56,11 @@ def as_before() -> Iterator[None]:
 
 
 def numbers() -> list[str]:
-    return [version.version for version in Versions(current_store()).all("l")]
+    return [version.version for version in Versions(open_store()).all("l")]
 
 
 def moves() -> list[tuple[str, str | None]]:
-    return [(move.action, move.champion) for move in PromotionLog(current_store()).moves("l")]
+    return [(move.action, move.champion) for move in PromotionLog(open_store()).moves("l")]
 
 
 def dying(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: Callable[[], object]) -> None:
@@ -97,7 +97,7 @@ def log_answer(text: str) -> None:
     """Store an answer to a text, as a server that did not look for deletions."""
     row = {"id": "1", "time": 1.0, "input": text, "output": "warm"}
     row["input_sha256"] = stored_input_digest("labelled", text).hex()
-    put_rows(current_store(), prediction_log("l"), [row])
+    put_rows(open_store(), prediction_log("l"), [row])
 
 
 def test_it_goes_on_wherever_it_was_killed_and_learns_nothing_twice(
@@ -106,7 +106,7 @@ def test_it_goes_on_wherever_it_was_killed_and_learns_nothing_twice(
     monkeypatch.setattr("flows.forget.BATCH_SECONDS", 0.0)  # no server answers
     before, rows = numbers(), (three_tasks / "beds.jsonl").read_bytes()
     text = json.loads(rows.splitlines()[0])["text"]
-    current_store().put_bytes("inbox/beds/a.jsonl", rows)
+    open_store().put_bytes("inbox/beds/a.jsonl", rows)
     for owner, name in (
         (flows.relearn, "forget"),
         (flows.relearn, "grow"),
@@ -119,17 +119,17 @@ def test_it_goes_on_wherever_it_was_killed_and_learns_nothing_twice(
         dying(monkeypatch, owner, name, lambda: delete("beds", stops_serving=True))
         with pytest.raises(BranchOpenError, match="new arrivals wait"):
             run(Path("no-base"), {"name": "taps", "data": "no-file"})
-        serving = Versions(current_store()).champion("l")
+        serving = Versions(open_store()).champion("l")
         if serving is None:
             with pytest.raises(RegistryError, match="no champion for now: versions of 'l' are made again"):
-                find_version(current_store(), "l", None)
+                find_version(open_store(), "l", None)
         assert (serving and serving.version) == ("4" if name in ("_remove_adapters", "remove_exports", "end") else None)
         if name == "swap_in":
             log_answer(text)
     remove = flows.relearn.remove_exports
 
     def answer_and_remove(*arguments: Any) -> Any:
-        assert read_predictions(current_store(), "l").empty, "the call has searched at its begin"
+        assert read_predictions(open_store(), "l").empty, "the call has searched at its begin"
         log_answer(text)
         return remove(*arguments)
 
@@ -138,15 +138,15 @@ def test_it_goes_on_wherever_it_was_killed_and_learns_nothing_twice(
     assert (result.status, result.champion, [made.remakes for made in result.made]) == ("swapped", "4", ["3"])
     assert numbers() == [*before, "4"] and moves()[3:] == [("stopped", None), ("promoted", "4")], "one version"
     assert champion().parent_version == "1"
-    assert {run.state for run in RunJournal(current_store()).all("l")} == {"finished"}
-    (known,) = Branches(current_store()).all("l")
+    assert {run.state for run in RunJournal(open_store()).all("l")} == {"finished"}
+    (known,) = Branches(open_store()).all("l")
     assert known.end is not None and known.end.attestation == result.attestation
     assert result.attestation is not None and (result.attestation.num_inputs, result.attestation.unknown) == (32, ())
-    assert read_predictions(current_store(), "l").empty
+    assert read_predictions(open_store(), "l").empty
     for gone in ("2", "3"):
         with pytest.raises(RegistryError, match="deal data delete --relearn"):
-            find_version(current_store(), "l", gone)
-    store = current_store()
+            find_version(open_store(), "l", gone)
+    store = open_store()
     assert [store.exists(f"{find_uri(number)}/adapter_model.safetensors") for number in ("1", "2", "3", "4")] == [
         True,
         False,
@@ -170,13 +170,13 @@ def test_an_arrival_is_refused_at_once_while_the_branch_is_at_work(monkeypatch: 
 
 
 def find_uri(number: str) -> str:
-    version = Versions(current_store()).find("l", number)
+    version = Versions(open_store()).find("l", number)
     assert version is not None
     return version.adapter_uri
 
 
 def test_a_rejected_version_stops_it_and_what_lands_waits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    store = current_store()
+    store = open_store()
     with monkeypatch.context() as patch:
         reject(patch, "beds")
         result = delete("taps")
@@ -196,15 +196,15 @@ def test_a_branch_that_is_given_up_leaves_the_champion_and_its_versions_never_se
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     dying(monkeypatch, flows.relearn, "swap_in", lambda: delete("beds", stops_serving=True))
-    assert Versions(current_store()).champion("l") is None and moves()[-1] == ("stopped", None)
+    assert Versions(open_store()).champion("l") is None and moves()[-1] == ("stopped", None)
     with pytest.raises(RegistryError, match=r"No version of 'l' can be promoted now"):
-        promote_to("l", "1", who="tester", why="a test")
-    assert find_version(current_store(), "l", "4").standing == "remade"
+        promote_to(open_store(), "l", "1", who="tester", why="a test")
+    assert find_version(open_store(), "l", "4").standing == "remade"
     asyncio.run(give_up("l", "tester"))
     assert champion().version == "3" and moves()[-1] == ("rolled back", "3")
-    roll_back("l", "1", who="tester", why="a test")  # the parent of the branch's version
+    roll_back(open_store(), "l", "1", who="tester", why="a test")  # the parent of the branch's version
     with pytest.raises(RegistryError, match="only with the whole branch"):
-        promote_to("l", "4", who="tester", why="a test")
+        promote_to(open_store(), "l", "4", who="tester", why="a test")
     with pytest.raises(RegistryError, match="no open branch"):
         asyncio.run(give_up("l", "tester"))
 
@@ -214,16 +214,16 @@ def test_a_champion_that_somebody_moved_is_not_replaced(monkeypatch: pytest.Monk
     """Not even if it is the branch's root now: nothing was swapped in, and what the branch learns is not lost."""
     dying(monkeypatch, flows.relearn, "grow", lambda: delete("beds"))
     for number in ("2", "1"):
-        roll_back("l", number, who="tester", why="version 3 is bad")
+        roll_back(open_store(), "l", number, who="tester", why="version 3 is bad")
         with pytest.raises(ChampionMovedError):
             delete("beds")
         assert champion().version == number and numbers() == ["1", "2", "3"], "and nothing was trained in vain"
     if is_given_up:
         known = asyncio.run(give_up("l", "tester"))
         assert known.end is not None and known.end.outcome == "given up" and champion().version == "1"
-        assert all(current_store().exists(f"{find_uri(number)}/adapter_model.safetensors") for number in numbers())
+        assert all(open_store().exists(f"{find_uri(number)}/adapter_model.safetensors") for number in numbers())
         return
-    roll_back("l", "3", who="tester", why="the branch goes on")
+    roll_back(open_store(), "l", "3", who="tester", why="the branch goes on")
     result = delete("beds")
     assert (result.status, result.champion, [made.remakes for made in result.made]) == ("swapped", "4", ["3"])
 
@@ -235,22 +235,22 @@ def test_a_person_who_goes_back_right_after_the_swap_keeps_the_adapter_that_serv
 
     def swap_and_go_back(*arguments: Any) -> None:
         swap_in(*arguments)
-        roll_back("l", "2", who="tester", why="version 4 is bad")
+        roll_back(open_store(), "l", "2", who="tester", why="version 4 is bad")
 
     with monkeypatch.context() as patch:
         patch.setattr(flows.relearn, "swap_in", swap_and_go_back)
         with pytest.raises(ChampionMovedError):
             delete("beds")
-    assert champion().version == "2" and current_store().exists(f"{find_uri('2')}/adapter_model.safetensors")
+    assert champion().version == "2" and open_store().exists(f"{find_uri('2')}/adapter_model.safetensors")
     with pytest.raises(ChampionMovedError):
         delete("beds")
-    roll_back("l", "4", who="tester", why="version 4 is not bad")
+    roll_back(open_store(), "l", "4", who="tester", why="version 4 is not bad")
     assert delete("beds").champion == champion().version == "4"
 
 
 def test_a_result_that_is_worse_than_the_champion_waits_for_a_person(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is judged on the rows that test both. The old champion answers them again: its answers went with the rows."""
-    store, before = current_store(), read_record(current_store(), champion()).accuracies()
+    store, before = open_store(), read_record(open_store(), champion()).accuracies()
 
     def judge(*arguments: Any) -> Any:
         judged = judge_against(*arguments)
@@ -300,7 +300,7 @@ def test_a_result_that_few_rows_judged_waits_if_its_gate_says_so(monkeypatch: py
     monkeypatch.setattr(flows.relearn, "judge_against", judge)
     result = delete("beds")
     assert (result.status, champion().version) == ("stopped", "3")
-    (known,) = Branches(current_store()).all("l")
+    (known,) = Branches(open_store()).all("l")
     assert known.judgement is not None and known.judgement.reasons == decision.unsure
 
 
@@ -308,7 +308,7 @@ def test_answers_that_were_logged_before_a_branch_is_given_up_are_deleted(
     monkeypatch: pytest.MonkeyPatch, three_tasks: Path
 ) -> None:
     monkeypatch.setattr("flows.forget.BATCH_SECONDS", 0.0)  # no server answers
-    store, rows = current_store(), (three_tasks / "beds.jsonl").read_bytes()
+    store, rows = open_store(), (three_tasks / "beds.jsonl").read_bytes()
     store.put_bytes("inbox/beds/a.jsonl", rows)
     dying(monkeypatch, flows.relearn, "grow", lambda: delete("beds"))
     assert not store.exists("inbox/beds/a.jsonl"), "the rows are gone, and nobody can read their inputs any more"
@@ -318,9 +318,9 @@ def test_answers_that_were_logged_before_a_branch_is_given_up_are_deleted(
 
 
 def test_what_cannot_be_learned_again_is_named_before_anything_starts(three_tasks: Path, tmp_path: Path) -> None:
-    store = current_store()
+    store = open_store()
     out = tmp_path / "adapters"
-    published = [Path(publish("l", out, EngineSettings(), version=number).folder) for number in ("1", "2", "3")]
+    published = [Path(publish(store, "l", out, EngineSettings(), version=number).folder) for number in ("1", "2", "3")]
     (published[1] / "adapter_model.safetensors").write_bytes(b"another")
     # The file itself is shared with other tests. Here its version names a file that is not there.
     findings = f"{find_version(store, 'l', '3').adapter_uri}/findings.json"
@@ -339,7 +339,7 @@ def test_what_cannot_be_learned_again_is_named_before_anything_starts(three_task
     assert [info.key for info in store.list()] == before
     result = delete("beds", accept_lost=True)
     assert champion().version == "1" and moves()[3:] == [("rolled back", "1")]
-    assert [each.version for each in find_left_behind("l")] == ["3"], "its own rows were not deleted"
+    assert [each.version for each in find_left_behind(store, "l")] == ["3"], "its own rows were not deleted"
     kept = {info.key.split("/")[2]: info.key for info in store.list("adapters/l")}
     assert kept[find_uri("3").split("/")[2]].endswith("findings.json") and find_uri("2").split("/")[2] not in kept
     assert result.attestation is not None and result.attestation.num_inputs == 7, "its test rows"
@@ -353,11 +353,11 @@ def test_what_cannot_be_learned_again_is_named_before_anything_starts(three_task
     assert known["end"]["attestation"] and known["branch"]["deleted"]["sha256"] == arrival
     Path(gone).write_bytes((three_tasks / "cars.jsonl").read_bytes())  # it is found again
     (learned,) = asyncio.run(requeue("l"))
-    assert (learned.status, learned.parent_version) == ("promoted", "1") and find_left_behind("l") == ()
+    assert (learned.status, learned.parent_version) == ("promoted", "1") and find_left_behind(store, "l") == ()
 
 
 def test_a_lineage_that_would_have_nothing_left_is_refused(three_tasks: Path) -> None:
-    roll_back("l", "1", who="tester", why="a test")
-    arrival = find_version(current_store(), "l", "1").dataset_sha256
+    roll_back(open_store(), "l", "1", who="tester", why="a test")
+    arrival = find_version(open_store(), "l", "1").dataset_sha256
     with pytest.raises(ConfigError, match="no version would serve"):
-        plan_relearn("l", arrival)
+        plan_relearn(open_store(), "l", arrival)

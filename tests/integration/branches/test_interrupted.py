@@ -25,8 +25,8 @@ from deal_core.strategies.kept_rows import rows_name
 from infra.branches import Branches
 from infra.predictions import read_predictions
 from infra.promotions import PromotionLog
+from infra.store.opening import open_store
 from infra.versions import Versions
-from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.promotion import promote_to, roll_back
 from tests.conftest import MakeOnce
@@ -66,17 +66,17 @@ def short_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stored(folder: str) -> list[str]:
-    return [info.key for info in current_store().list(folder)]
+    return [info.key for info in open_store().list(folder)]
 
 
 POINTS: dict[str, Callable[[], object]] = {
     "the branch is stored": lambda: stored("branches/l"),
     "the digests of the inputs are stored": lambda: stored("deleted_inputs"),
     "the tombstone is stored": lambda: stored("forgotten"),
-    "the file has left the inbox": lambda: not current_store().exists(KEY),
+    "the file has left the inbox": lambda: not open_store().exists(KEY),
     "a run has begun": lambda: len(stored("runs/l")) > 3,
-    "a version is registered": lambda: Versions(current_store()).find("l", "4"),
-    "the new version is champion": lambda: any(move.branch for move in PromotionLog(current_store()).moves("l")),
+    "a version is registered": lambda: Versions(open_store()).find("l", "4"),
+    "the new version is champion": lambda: any(move.branch for move in PromotionLog(open_store()).moves("l")),
     "an adapter is noted as removed": lambda: any(key.endswith(".removed.json") for key in stored("versions/l")),
 }
 """Where a relearning can be, in this order."""
@@ -93,18 +93,18 @@ def move_by_hand(chance: random.Random, action: str) -> None:
     """What a person does while the relearning runs. It may be refused, as versions lose their adapters."""
     with suppress(DealError):
         if action == "rollback":
-            roll_back("l", chance.choice(("1", "2")), who="a person", why="a test")
+            roll_back(open_store(), "l", chance.choice(("1", "2")), who="a person", why="a test")
         else:
-            roll_back("l", "2", who="a person", why="a test")
-            promote_to("l", "3", who="a person", why="a test")
+            roll_back(open_store(), "l", "2", who="a person", why="a test")
+            promote_to(open_store(), "l", "3", who="a person", why="a test")
 
 
 def go_back() -> None:
     """Make the champion of before the branch champion again, or what the branch made if its adapter is gone."""
     try:
-        roll_back("l", "3", who="a person", why="the branch goes on")
+        roll_back(open_store(), "l", "3", who="a person", why="the branch goes on")
     except DealError:
-        roll_back("l", "4", who="a person", why="the branch goes on")
+        roll_back(open_store(), "l", "4", who="a person", why="the branch goes on")
 
 
 def interrupt(home: Path, chance: random.Random, point: str, action: str) -> None:
@@ -148,7 +148,7 @@ def asking(url: str, texts: list[str]) -> Iterator[None]:
 def wait_until_logged(url: str, text: str) -> None:
     """Ask a text until the log has it: what was answered before is stored then."""
     began = time.monotonic()
-    while text not in set(read_predictions(current_store(), "l")["input"]):
+    while text not in set(read_predictions(open_store(), "l")["input"]):
         assert time.monotonic() < began + LONGEST_WAIT
         httpx.post(f"{url}/invocations", json={"dataframe_records": [{"input": text, "task": "taps"}]})
         time.sleep(0.2)
@@ -174,7 +174,7 @@ def test_it_ends_as_a_lineage_that_never_saw_the_arrival_or_says_that_it_did_not
 ) -> None:
     for file in home.glob("*.jsonl"):  # the versions name those of the home that this one is a copy of
         file.unlink()
-    store, content = current_store(), (three_tasks / "beds.jsonl").read_bytes()
+    store, content = open_store(), (three_tasks / "beds.jsonl").read_bytes()
     store.put_bytes(KEY, content)
     texts = [json.loads(line)["text"] for line in content.splitlines()]
     chance = random.Random(seed)

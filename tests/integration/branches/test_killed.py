@@ -12,8 +12,8 @@ import pytest
 
 from infra.branches import Branches
 from infra.promotions import PromotionLog
+from infra.store.opening import open_store
 from infra.versions import Versions
-from tasks.context import current_store
 from tasks.serving.export import export_version
 from tests.adapting import run
 from tests.e2e.command import command, deal, environment
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.nightly(minutes=6), pytest.mark.usefixtures("prefect_a
 
 def count(folder: str) -> Callable[[], int]:
     """What counts the objects of a folder of lineage `l`."""
-    return lambda: len([info for info in current_store().list(f"{folder}/l") if info.key.endswith(".json")])
+    return lambda: len([info for info in open_store().list(f"{folder}/l") if info.key.endswith(".json")])
 
 
 def kill_at(home: Path, words: tuple[str, ...], is_reached: Callable[[], bool]) -> None:
@@ -53,7 +53,7 @@ def test_it_ends_as_if_it_had_not_been_killed(
     home: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(tiny_base, small_task(tmp_path, "other"), lineage="other")
-    export_version("other", "1", "merged", str(tmp_path / "new-base"))
+    export_version(open_store(), "other", "1", "merged", str(tmp_path / "new-base"))
     words = ("lineage", "rebase", "l", "--base", str(tmp_path / "new-base"), "--yes")
     runs = count("runs")
     points: list[tuple[Callable[[], int], int]] = [
@@ -70,14 +70,14 @@ def test_it_ends_as_if_it_had_not_been_killed(
     for counted, number in points:
         kill_at(home, words, lambda counted=counted, number=number: counted() >= number)
     result = deal(home, *words, MLFLOW_TRACKING_URI=NO_MLFLOW)
-    after, numbers = adapter(champion()), [version.version for version in Versions(current_store()).all("l")]
-    moves = [move.champion for move in PromotionLog(current_store()).moves("l")]
+    after, numbers = adapter(champion()), [version.version for version in Versions(open_store()).all("l")]
+    moves = [move.champion for move in PromotionLog(open_store()).moves("l")]
     assert result["champion"] == champion().version == moves[-1]
-    assert Branches(current_store()).open("l") is None
+    assert Branches(open_store()).open("l") is None
 
     monkeypatch.setenv("DEAL_HOME", str(untouched))
     whole = deal(untouched, *words, MLFLOW_TRACKING_URI=NO_MLFLOW)
     assert adapter(champion()) == after
-    assert [version.version for version in Versions(current_store()).all("l")] == numbers, "none was learned twice"
-    assert [move.champion for move in PromotionLog(current_store()).moves("l")] == moves
+    assert [version.version for version in Versions(open_store()).all("l")] == numbers, "none was learned twice"
+    assert [move.champion for move in PromotionLog(open_store()).moves("l")] == moves
     assert [made["adapter_sha256"] for made in result["made"]] == [made["adapter_sha256"] for made in whole["made"]]

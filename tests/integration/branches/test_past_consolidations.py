@@ -11,8 +11,8 @@ import pytest
 from benchmarks.tiny_base import build_tiny_base
 from flows.consolidate import consolidate
 from flows.rebase import rebase
+from infra.store.opening import open_store
 from infra.versions import Versions
-from tasks.context import current_store
 from tests.adapting import run
 from tests.conftest import MakeOnce
 from tests.integration.branches.conftest import adapter, champion, delete, small_task
@@ -67,7 +67,7 @@ def test_another_base_model_learns_each_arrival_by_itself(tmp_path: Path) -> Non
     result = asyncio.run(rebase("l", str(new_base), who="tester"))
     assert result.status == "swapped", result.message
     assert [(made.version, made.remakes) for made in result.made] == [("5", "1"), ("6", "2"), ("7", "4")]
-    made = [version for version in Versions(current_store()).all("l") if version.branch is not None]
+    made = [version for version in Versions(open_store()).all("l") if version.branch is not None]
     assert [(version.kind, version.parent_version) for version in made] == [
         ("adaptation", None),
         ("adaptation", "5"),

@@ -15,7 +15,7 @@ from flows.branch import give_up
 from flows.rebase import plan_rebase, rebase
 from infra.branches import Branches
 from infra.promotions import PromotionLog
-from tasks.context import current_store
+from infra.store.opening import open_store
 from tasks.lineage.history import find_version
 from tasks.lineage.promotion import promote_to, roll_back
 from tasks.lineage.record import read_record
@@ -35,10 +35,10 @@ def new_base(tmp_path: Path) -> str:
 
 
 def test_a_lineage_changes_its_base_model_and_goes_back(new_base: str, tiny_base: Path, tmp_path: Path) -> None:
-    store, old = current_store(), champion()
+    store, old = open_store(), champion()
     add_lineage(store, WatchedLineage(lineage="l", base_model=str(tiny_base)))
     with pytest.raises(ConfigError, match="already"):
-        plan_rebase("l", str(tiny_base))
+        plan_rebase(store, "l", str(tiny_base))
     with pytest.raises(ConfigError, match="no address with a host"):
         asyncio.run(rebase("l", new_base, engines=("localhost:8000",), who="tester"))
     assert Branches(store).open("l") is None, "a wrong address shows before anything is learned"
@@ -51,10 +51,10 @@ def test_a_lineage_changes_its_base_model_and_goes_back(new_base: str, tiny_base
     assert result.before.keys() == result.accuracies.keys() == {"taps", "beds", "cars"}
     assert result.before == pytest.approx(read_record(store, old).accuracies())
     assert read_lineage(store, "l").base_model is None, "its champion says the base model"
-    assert predict("the red one", lineage="l", task="taps", version=None).base_model == new_base
+    assert predict(store, "the red one", lineage="l", task="taps", version=None).base_model == new_base
 
-    roll_back("l", old.version, who="tester", why="a test")
-    assert predict("the red one", lineage="l", task="taps", version=None).base_model == str(tiny_base)
+    roll_back(store, "l", old.version, who="tester", why="a test")
+    assert predict(store, "the red one", lineage="l", task="taps", version=None).base_model == str(tiny_base)
     again = run(tiny_base, small_task(tmp_path, "more"), base_model=None)
     assert find_version(store, "l", again.version).base_sha256 == old.base_sha256
 
@@ -72,4 +72,4 @@ def test_a_worse_result_is_not_swapped_in(new_base: str, monkeypatch: pytest.Mon
     asyncio.run(give_up("l", "tester"))
     assert champion().version == "3"
     with pytest.raises(RegistryError, match="only with the whole branch"):
-        promote_to("l", "6", who="tester", why="a test")
+        promote_to(open_store(), "l", "6", who="tester", why="a test")

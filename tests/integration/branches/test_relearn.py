@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from infra.store.opening import open_store
 from infra.versions import Versions
 from tasks.adaptation.resume import read_findings
-from tasks.context import current_store
 from tasks.lineage.record import read_record
 from tasks.lineage.requests import add_labels, renew_tests
 from tests.adapting import run
@@ -54,7 +54,7 @@ def test_the_result_is_that_of_a_lineage_that_never_saw_the_arrival(
     for name in TASKS:
         if name != deleted:
             run(tiny_base, small_task(tmp_path, name), **settings)
-    assert [version.version for version in Versions(current_store()).all("l")] == ["1", "2"]
+    assert [version.version for version in Versions(open_store()).all("l")] == ["1", "2"]
     assert relearned == adapter(champion())
 
 
@@ -67,29 +67,32 @@ def test_labels_renewals_and_kept_rows_are_those_of_their_time(
 
     def learn(*, cars: bool) -> None:
         run(tiny_base, small_task(tmp_path, "taps"))
-        add_labels("l", "taps", ["hot"])
+        add_labels(open_store(), "l", "taps", ["hot"])
         run(tiny_base, small_task(tmp_path, "taps", "-2"))
         if cars:
             run(tiny_base, small_task(tmp_path, "cars"))
-        add_labels("l", "taps", ["icy"])
+        add_labels(open_store(), "l", "taps", ["icy"])
         run(tiny_base, small_task(tmp_path, "taps", "-3"), **keeps)
-        add_labels("l", "taps", ["late"])
-        renew_tests("l", "taps")
+        add_labels(open_store(), "l", "taps", ["late"])
+        renew_tests(open_store(), "l", "taps")
         assert run(tiny_base, small_task(tmp_path, "taps", "-4")).status == "promoted"
 
     learn(cars=True)
-    add_labels("l", "taps", ["never"])
+    add_labels(open_store(), "l", "taps", ["never"])
     (tmp_path / "taps-3.jsonl").unlink()
     learned = {
-        version.version: read_findings(version.adapter_uri).dataset for version in Versions(current_store()).all("l")
+        version.version: read_findings(open_store(), version.adapter_uri).dataset
+        for version in Versions(open_store()).all("l")
     }
     result = delete("cars")
     assert result.branch.arrivals == {"4": "taps", "5": "taps"}
-    again = [read_findings(version.adapter_uri).dataset for version in Versions(current_store()).all("l")[5:]]
+    again = [
+        read_findings(open_store(), version.adapter_uri).dataset for version in Versions(open_store()).all("l")[5:]
+    ]
     assert [(dataset.new_labels, dataset.renews_tests) for dataset in again] == [(("icy",), False), (("late",), True)]
     assert again[0] == learned["4"].model_copy(update={"num_added": 0}), "its file is gone, and the rows are kept"
     assert result.status == "swapped" and champion().parent_version == "6"
-    relearned, record = adapter(champion()), read_record(current_store(), champion())
+    relearned, record = adapter(champion()), read_record(open_store(), champion())
     assert record.task("taps") and [part.name for part in record.slices] == ["taps.old-1"]
 
     other = home.with_name("other")
@@ -97,4 +100,4 @@ def test_labels_renewals_and_kept_rows_are_those_of_their_time(
     monkeypatch.setenv("DEAL_HOME", str(other))
     learn(cars=False)
     assert relearned == adapter(champion())
-    assert record == read_record(current_store(), champion())
+    assert record == read_record(open_store(), champion())

@@ -29,7 +29,7 @@ from deal_core.errors import ConfigError, DealError
 from deal_pipeline.cli.app import app
 from deal_pipeline.server.status import _unusable_files
 from infra.store.base import ObjectStore
-from infra.store.local import open_store
+from infra.store.opening import store_at
 from tasks.data_files import local_files
 from tasks.inbox import look, task_spec
 from tasks.lineage.settings import read_lineages
@@ -102,7 +102,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
             del os.environ[name]
         os.environ["DEAL_HOME"] = str(folder / "home")
         tempfile.tempdir = str(folder / "tmp")
-        found = Place(folder, open_store(str(folder / "home" / "store")), folder / "a.csv")
+        found = Place(folder, store_at(str(folder / "home" / "store")), folder / "a.csv")
         found.deal("check", str(found.data), code=0)  # imports everything
         yield found
     tempfile.tempdir = before

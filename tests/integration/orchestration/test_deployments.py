@@ -22,8 +22,8 @@ from deal_pipeline.server.deploy import _require_own, deploy_all
 from deal_pipeline.server.status import NEWEST, ServerRuns, read_server
 from flows.promote import decide, reject
 from infra.promotions import Move, PromotionLog
+from infra.store.opening import open_store
 from infra.versions import Versions
-from tasks.context import current_store
 from tasks.lineage.promotion import promote_accepted
 from tasks.notices import Notice, announce
 from tests.in_process import put_back
@@ -143,7 +143,7 @@ def test_another_home_or_store_is_not_overwritten(
 
     async def require_own() -> None:
         async with get_client() as client:
-            await _require_own(client, {"home": str(deployed), "store": current_store().uri})
+            await _require_own(client, {"home": str(deployed), "store": open_store().uri})
 
     asyncio.run(require_own())  # its own home may deploy again, which another deploy would show too, but not as fast
     with monkeypatch.context() as patch:
@@ -179,22 +179,22 @@ def test_another_home_takes_the_place_when_asked_and_starts_nothing_that_was_sto
 def waiting(copied_home: Path) -> str:
     """Number of a version that waits for a person."""
     found = register("waiting", needs_approval=True)
-    promote_accepted(current_store(), found)
+    promote_accepted(open_store(), found)
     return found.version
 
 
 def last_move() -> Move:
-    return PromotionLog(current_store()).moves("l")[-1]
+    return PromotionLog(open_store()).moves("l")[-1]
 
 
 def test_a_person_decides_by_the_form(waiting: str) -> None:
-    before = len(PromotionLog(current_store()).moves("l"))
+    before = len(PromotionLog(open_store()).moves("l"))
     for wrong in ({**BY, "why": "  "}, {**BY, "who": ""}):
         with pytest.raises(ParameterTypeError):
             asyncio.run(decide("l", waiting, "approve", **wrong))
-    assert len(PromotionLog(current_store()).moves("l")) == before
+    assert len(PromotionLog(open_store()).moves("l")) == before
     asyncio.run(decide("l", waiting, "approve", **BY))
-    champion = Versions(current_store()).champion("l")
+    champion = Versions(open_store()).champion("l")
     assert champion is not None and champion.version == waiting
     assert (last_move().action, last_move().who, last_move().why) == ("promoted", "Ada", "read the report")
     with pytest.raises(RegistryError, match="does not wait for a person: it was approved"):

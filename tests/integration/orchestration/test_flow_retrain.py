@@ -29,10 +29,10 @@ from flows.watch import WatchResult, adapt_landed, watch
 from infra.launch import launch_job
 from infra.lineage_state import read_state
 from infra.store.base import ObjectStore
+from infra.store.opening import open_store
 from infra.versions import Version, Versions
 from tasks import scorer
 from tasks.arrival_states import claim, plan
-from tasks.context import current_store
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.reports import read_page
 from tasks.lineage.retrain import RetrainPolicy, Waiting
@@ -67,8 +67,8 @@ def add(base: Path, *, num_processes: int = 1, **policy: Any) -> WatchedLineage:
         "train": {"max_steps": 2, "max_prompt_tokens": 192, "checkpoint_steps": 0, "num_processes": num_processes},
         "retrain": policy,
     }
-    add_lineage(current_store(), parse(WatchedLineage, values, "test"), values)
-    return read_lineage(current_store(), "l")
+    add_lineage(open_store(), parse(WatchedLineage, values, "test"), values)
+    return read_lineage(open_store(), "l")
 
 
 def land(home: Path, name: str, rows: list[bytes], age: float = 100) -> None:
@@ -115,17 +115,17 @@ def waiting(home: Path, at: datetime) -> list[Waiting]:
 
 
 def versions() -> tuple[Version, ...]:
-    return Versions(current_store()).all("l")
+    return Versions(open_store()).all("l")
 
 
 def num_read(version: Version) -> int:
     """Rows of the arrival that a version has learned."""
     folder = next(
         info.key.rpartition("/")[0]
-        for info in current_store().list(f"datasets/{version.task}/{version.dataset_sha256}")
+        for info in open_store().list(f"datasets/{version.task}/{version.dataset_sha256}")
         if info.key.endswith("manifest.json")
     )
-    return read_manifest(current_store(), folder).num_read
+    return read_manifest(open_store(), folder).num_read
 
 
 def test_what_waits_for_a_schedule_is_learned_together_at_its_time(tiny_base: Path, home: Path) -> None:
@@ -183,13 +183,13 @@ def test_a_champion_that_answers_the_new_rows_well_enough_learns_nothing(tiny_ba
     land(home, "parcels/1.jsonl", ROWS[:40])
     assert learn(now()) == [("parcels/1.jsonl", "promoted", "1")], "a new task has no champion's score"
     assert versions()[0].arrival is None
-    tests = {info.key: info.etag for info in current_store().list("datasets") if info.key.endswith("test.parquet")}
+    tests = {info.key: info.etag for info in open_store().list("datasets") if info.key.endswith("test.parquet")}
     land(home, "parcels/2.jsonl", ROWS[40:60])
     assert learn(now()) == [("parcels/2.jsonl", "skipped", None)]
     assert learn(now()) == [] and start(now()) == 0 and len(versions()) == 1
-    left = [info.key for info in current_store().list("datasets")]
+    left = [info.key for info in open_store().list("datasets")]
     assert not [key for key in left if key.endswith("train.parquet")], "the pipeline keeps no training rows"
-    assert tests.items() <= {info.key: info.etag for info in current_store().list("datasets")}.items()
+    assert tests.items() <= {info.key: info.etag for info in open_store().list("datasets")}.items()
 
     add(tiny_base, skip_if_accuracy=1.0)
     land(home, "parcels/3.jsonl", ROWS[60:])
@@ -198,7 +198,7 @@ def test_a_champion_that_answers_the_new_rows_well_enough_learns_nothing(tiny_ba
     assert score is not None and 0 < score.accuracy < 1 and score.num_rows == NUM_LEFT
     newest = versions()[-1]
     assert mlflow_run("l", newest.run_key).data.metrics["arrival/accuracy"] == score.accuracy
-    assert score.figure in read_page(current_store(), versions(), newest.version)[1]
+    assert score.figure in read_page(open_store(), versions(), newest.version)[1]
     with put_back():
         shown = CliRunner().invoke(app, ["version", "list", "--lineage", "l"]).output
     assert "on arrival" in shown and f"{100 * score.accuracy:.1f}" in shown
@@ -261,13 +261,13 @@ def test_a_run_that_was_killed_learns_exactly_the_files_that_it_had_fixed(tiny_b
     land(home, "parcels/1.jsonl", ROWS[:30], age=200)
     land(home, "parcels/2.jsonl", ROWS[30:55], age=100)
     kill_at_the_training()
-    (batch,) = read_state(current_store(), "l").batches
+    (batch,) = read_state(open_store(), "l").batches
     assert batch.files == ("inbox/parcels/1.jsonl", "inbox/parcels/2.jsonl")
     land(home, "parcels/0.jsonl", ROWS[60:], age=300)
     assert [(each.num_rows, each.is_due) for each in waiting(home, now())] == [(55, True), (NUM_LEFT, False)]
     assert learn(now()) == [("parcels/1.jsonl", "promoted", "1"), ("parcels/2.jsonl", "promoted", "1")]
     assert [num_read(version) for version in versions()] == [55]
-    assert read_state(current_store(), "l").batches == () and learn(now()) == []
+    assert read_state(open_store(), "l").batches == () and learn(now()) == []
     (left,) = waiting(home, now())
     assert (left.num_files, left.num_rows) == (1, NUM_LEFT), "what landed later waits for more rows"
 
@@ -277,7 +277,7 @@ def kill_at_the_training() -> None:
     script = """
 import asyncio, sys, time
 import flows.watch
-from tasks.context import current_store
+from infra.store.opening import open_store
 from tasks.lineage.settings import read_lineage
 
 async def hang(*arguments):
@@ -285,7 +285,7 @@ async def hang(*arguments):
     time.sleep(600)
 
 flows.watch._adapt_to = hang
-asyncio.run(flows.watch.watch.fn(read_lineage(current_store(), "l"), True, 0.01))
+asyncio.run(flows.watch.watch.fn(read_lineage(open_store(), "l"), True, 0.01))
 """
     child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
@@ -327,7 +327,7 @@ def test_a_bad_file_is_refused_alone_and_the_good_ones_are_learned(tiny_base: Pa
         ("parcels/1.jsonl", "promoted", "1"),
         ("parcels/other.jsonl", "refused", None),
     ], "together they are no arrival"
-    assert read_state(current_store(), "l").batches == ()
+    assert read_state(open_store(), "l").batches == ()
 
 
 class Said:

@@ -21,9 +21,9 @@ from deal_pipeline.cli.app import app
 from deal_pipeline.server.status import read_status
 from flows.watch import WatchResult, watch
 from infra.store.base import ObjectStore
+from infra.store.opening import open_store
 from infra.versions import Versions
 from tasks.arrival_states import Result
-from tasks.context import current_store
 from tasks.inbox import InboxLook
 from tasks.inbox import look as look_at_inbox
 from tasks.lineage.settings import WatchedLineage, add_lineage
@@ -95,7 +95,7 @@ def test_arrivals_are_learned_in_order_and_once(tiny_base: Path, home: Path) -> 
     wanted = [("bank/bad.jsonl", "refused"), ("clinic/b.csv", "promoted"), ("parcels/a.jsonl", "promoted")]
     assert outcomes(result) == wanted, "a bad file does not stop the others"
     assert [run.version for run in result.runs] == ["1", "2"]
-    manifest = current_store().get_bytes(f"{result.runs[0].dataset.uri}/manifest.json").decode()
+    manifest = open_store().get_bytes(f"{result.runs[0].dataset.uri}/manifest.json").decode()
     assert "What is it?" in manifest
     assert look(lineage(tiny_base))[0].files == ()
 
@@ -105,11 +105,11 @@ def test_arrivals_are_learned_in_order_and_once(tiny_base: Path, home: Path) -> 
     land(home, "clinic/c.csv", (EXAMPLES / "clinic" / "test.csv").read_bytes(), age=80)
     result, _ = look(lineage(tiny_base))
     assert outcomes(result) == [("clinic/c.csv", "promoted")], "the lineage knows which columns the task has"
-    assert [info.version for info in Versions(current_store()).all("l")] == ["1", "2", "3"]
+    assert [info.version for info in Versions(open_store()).all("l")] == ["1", "2", "3"]
 
     other, _ = look(lineage(tiny_base, lineage="m", strategy="seq_lora", tasks=["parcels"]))
     assert outcomes(other) == [("parcels/a.jsonl", "promoted"), ("parcels/again.jsonl", "repeat")]
-    assert [info.strategy for info in Versions(current_store()).all("m")] == ["seq_lora"]
+    assert [info.strategy for info in Versions(open_store()).all("m")] == ["seq_lora"]
 
 
 def test_a_folder_is_learned_as_one_arrival_once_it_is_complete(tiny_base: Path, home: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_folder_is_learned_as_one_arrival_once_it_is_complete(tiny_base: Path,
     land(home, "parcels/may/_SUCCESS", b"")
     result, _ = look(spec)
     assert outcomes(result) == [("parcels/may", "promoted")]
-    store, dataset = current_store(), result.runs[0].dataset
+    store, dataset = open_store(), result.runs[0].dataset
     (bad,) = map(json.loads, store.get_bytes(str(dataset.quarantine)).splitlines())
     assert (bad["file"], bad["row"]) == ("may/day=2/part-0.jsonl", len(lines) - 19)
     assert look(spec)[0].files == ()
@@ -140,7 +140,7 @@ def test_a_folder_is_learned_as_one_arrival_once_it_is_complete(tiny_base: Path,
 def test_a_file_that_ends_its_reader_stops_no_other_and_is_set_aside(tiny_base: Path, home: Path) -> None:
     """Twice it is tried, as the first time may have been for want of memory."""
     aborts = (Path(__file__).parents[2] / "data" / "abort.parquet").read_bytes()
-    add_lineage(current_store(), WatchedLineage(lineage="l"))
+    add_lineage(open_store(), WatchedLineage(lineage="l"))
     lines = PARCELS.splitlines(keepends=True)
     land(home, "parcels/a.jsonl", b"".join(lines[::2]), age=300)
     land(home, "parcels/b.parquet", aborts, age=200)
@@ -159,7 +159,7 @@ def test_a_file_that_ends_its_reader_stops_no_other_and_is_set_aside(tiny_base: 
     assert reason.startswith("inbox/parcels/b.parquet: b.parquet ended the process that reads it (SIGABRT")
     assert "did so in 2 tries, so it is set aside" in reason and status.num_open == 0
     assert look(lineage(tiny_base))[0].files == ()
-    assert [info.version for info in Versions(current_store()).all("l")] == ["1", "2"]
+    assert [info.version for info in Versions(open_store()).all("l")] == ["1", "2"]
 
 
 @pytest.mark.nightly
@@ -181,7 +181,7 @@ def test_a_file_that_failed_is_learned_once_nothing_hinders_it(
         patch.setattr("deal_core.training.jobs.train_adapter", diverge)
         failed, _ = look(lineage(tiny_base))
     assert outcomes(failed) == [("parcels/a.jsonl", "failed")] and failed.num_refused == 1
-    add_lineage(current_store(), WatchedLineage(lineage="l"))
+    add_lineage(open_store(), WatchedLineage(lineage="l"))
     (status,) = asyncio.run(read_status(home)).lineages
     assert status.num_open == 0 and "deal adapt SPEC --watch --once --lineage l" in status.failed[0]
     assert "tried again from" not in status.failed[0]
@@ -314,7 +314,7 @@ def test_a_base_model_that_cannot_be_had_closes_no_arrival(tiny_base: Path, home
     assert any(line.startswith("Failed: ") and "There is no file or folder" in line for line in said)
     (status,) = asyncio.run(read_status(home)).lineages
     assert status.num_open == 1 and not status.failed, "lineage 'default' has not tried it"
-    add_lineage(current_store(), WatchedLineage(lineage="l"))
+    add_lineage(open_store(), WatchedLineage(lineage="l"))
     (status,) = asyncio.run(read_status(home)).lineages
     assert status.num_open == 0 and "tried again from" in status.failed[0]
     assert outcomes(look(lineage(tiny_base))[0]) == [("parcels/a.jsonl", "promoted")]
@@ -336,7 +336,7 @@ def test_a_watch_of_some_tasks_leaves_the_others_alone(tiny_base: Path, home: Pa
     result, _ = look(lineage(tiny_base, tasks=["clinic"]))
     assert outcomes(result) == [("clinic/bad.jsonl", "refused")]
 
-    add_lineage(current_store(), WatchedLineage(lineage="l"))
+    add_lineage(open_store(), WatchedLineage(lineage="l"))
     (status,) = asyncio.run(read_status(home)).lineages
     assert [line.split(":")[0] for line in status.failed] == ["inbox/clinic/bad.jsonl"] and status.num_open == 1
     land(home, "clinic/bad.jsonl", b"corrected\n", age=50)
@@ -391,7 +391,7 @@ def test_the_demo_compares_two_lineages_on_the_same_arrivals(
     assert deal.matrix is not None and rival.matrix is not None
     assert deal.matrix["rows"][0][0] == rival.matrix["rows"][0][0], "the first task is plain LoRA for both strategies"
     assert not result.rejected
-    assert not list(current_store().list("inbox")), "other lineages must not learn the demo's files"
+    assert not list(open_store().list("inbox")), "other lineages must not learn the demo's files"
     assert result.picture == picture and picture.read_bytes().startswith(b"\x89PNG")
 
     again = demo()

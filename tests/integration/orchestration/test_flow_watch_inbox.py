@@ -19,8 +19,8 @@ from flows.sensor import watch_inbox
 from flows.watch import adapt_landed
 from infra.lineage_state import lineages_with_state, read_ended, read_state
 from infra.store.local import FileStore
+from infra.store.opening import open_store
 from infra.versions import Versions
-from tasks.context import current_store
 from tasks.inbox import look as look_at_inbox
 from tasks.lineage.settings import WatchedLineage, add_lineage, list_lineages, pause_lineage, read_lineage
 from tasks.spec import parse
@@ -48,12 +48,12 @@ def look() -> int:
 
 
 def test_each_lineage_is_told_of_its_tasks(home: Path) -> None:
-    add_lineage(current_store(), lineage("all"))
-    add_lineage(current_store(), lineage("some", tasks=["clinic"]))
+    add_lineage(open_store(), lineage("all"))
+    add_lineage(open_store(), lineage("some", tasks=["clinic"]))
     land(home, "parcels/a.jsonl")
     land(home, "clinic/a.csv")
     assert look() == 2
-    assert {name: sorted(read_state(current_store(), name).arrivals) for name in ("all", "some")} == {
+    assert {name: sorted(read_state(open_store(), name).arrivals) for name in ("all", "some")} == {
         "all": ["inbox/clinic/a.csv", "inbox/parcels/a.jsonl"],
         "some": ["inbox/clinic/a.csv"],
     }
@@ -61,7 +61,7 @@ def test_each_lineage_is_told_of_its_tasks(home: Path) -> None:
 
 def told_lineages() -> set[str]:
     """The lineages with a claimed batch."""
-    store = current_store()
+    store = open_store()
     return {name for name in lineages_with_state(store) if read_state(store, name).claimed is not None}
 
 
@@ -69,7 +69,7 @@ def test_a_run_does_not_wait_for_a_folder_that_may_be_written_for_long(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would keep a worker. The folder is announced when it is complete."""
-    add_lineage(current_store(), lineage("l", tasks=["parcels"]))
+    add_lineage(open_store(), lineage("l", tasks=["parcels"]))
     land(home, "parcels/may/a.jsonl")
     assert look() == 0
     run = asyncio.wait_for(adapt_landed("l", settle_seconds=0.1), timeout=120)
@@ -80,19 +80,19 @@ def test_a_run_does_not_wait_for_a_folder_that_may_be_written_for_long(
 
 def test_a_held_lineage_is_told_of_nothing_until_it_may_learn_again(home: Path) -> None:
     for name in ("held", "other"):
-        add_lineage(current_store(), lineage(name, tasks=["parcels"]))
-    pause_lineage(current_store(), "held", "the labels are being corrected")
+        add_lineage(open_store(), lineage(name, tasks=["parcels"]))
+    pause_lineage(open_store(), "held", "the labels are being corrected")
     land(home, "parcels/a.jsonl")
     assert look() == 1 and told_lineages() == {"other"}
     assert asyncio.run(adapt_landed("held", settle_seconds=0.1)).files == ()
-    pause_lineage(current_store(), "held", None)
+    pause_lineage(open_store(), "held", None)
     assert look() == 1 and told_lineages() == {"held", "other"}
-    assert read_lineage(current_store(), "held").tasks == ("parcels",), "the other settings stay"
+    assert read_lineage(open_store(), "held").tasks == ("parcels",), "the other settings stay"
 
 
 def test_a_look_lists_the_inbox_once_for_all_lineages(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    add_lineage(current_store(), lineage("one"))
-    add_lineage(current_store(), lineage("two"))
+    add_lineage(open_store(), lineage("one"))
+    add_lineage(open_store(), lineage("two"))
     land(home, "parcels/a.jsonl")
     listed: list[str] = []
     original = FileStore.list
@@ -113,7 +113,7 @@ def test_a_task_file_is_read_again_when_it_has_changed_and_not_before(
     monkeypatch.setattr(
         FileStore, "get_bytes", lambda self, key, **limit: read.append(key) or original(self, key, **limit)
     )
-    store = current_store()
+    store = open_store()
     read.clear()  # the store's format
     for _ in range(2):
         assert [info.key for info in look_at_inbox(store).arrivals] == ["inbox/bank/new.jsonl"]
@@ -124,16 +124,16 @@ def test_a_task_file_is_read_again_when_it_has_changed_and_not_before(
 
 
 def test_what_is_wrong_with_one_lineage_holds_up_no_other(home: Path) -> None:
-    add_lineage(current_store(), lineage("damaged"))
-    add_lineage(current_store(), lineage("whole"))
-    current_store().put_bytes("lineages/damaged.state.json", b"nonsense")
+    add_lineage(open_store(), lineage("damaged"))
+    add_lineage(open_store(), lineage("whole"))
+    open_store().put_bytes("lineages/damaged.state.json", b"nonsense")
     land(home, "parcels/a.jsonl")
     assert look() == 1
-    assert read_state(current_store(), "whole").claimed is not None
+    assert read_state(open_store(), "whole").claimed is not None
 
 
 def test_a_broken_lineage_file_holds_up_no_other(home: Path, caplog: pytest.LogCaptureFixture) -> None:
-    store = current_store()
+    store = open_store()
     add_lineage(store, lineage("good"))
     for name, content in (("typo", b"strategi: deal\n"), ("other", b"lineage: good\n"), ("text", b"\xff\n")):
         store.put_bytes(f"lineages/{name}.yaml", content)
@@ -143,12 +143,12 @@ def test_a_broken_lineage_file_holds_up_no_other(home: Path, caplog: pytest.LogC
 
 def test_a_lineage_file_says_only_what_was_given(home: Path) -> None:
     given = lineage("short", tasks=["bank"], strategy="seq_lora")
-    add_lineage(current_store(), given)
-    stored = yaml.safe_load(current_store().get_bytes("lineages/short.yaml"))
+    add_lineage(open_store(), given)
+    stored = yaml.safe_load(open_store().get_bytes("lineages/short.yaml"))
     assert stored == {"lineage": "short", "tasks": ["bank"], "strategy": "seq_lora"}
-    assert read_lineage(current_store(), "short") == given
+    assert read_lineage(open_store(), "short") == given
     with pytest.raises(ConfigError, match="deal lineage apply"):
-        read_lineage(current_store(), "nobody")
+        read_lineage(open_store(), "nobody")
 
 
 def small(name: str, base: Path) -> WatchedLineage:
@@ -161,18 +161,18 @@ def small(name: str, base: Path) -> WatchedLineage:
 
 
 def test_a_run_takes_all_that_is_open_and_what_lands_meanwhile(home: Path, tiny_base: Path) -> None:
-    add_lineage(current_store(), small("l", tiny_base))
+    add_lineage(open_store(), small("l", tiny_base))
     rows = ROWS.splitlines(keepends=True)
     land(home, "parcels/2.jsonl", b"".join(rows[:20]), age=50)
     land(home, "parcels/1.jsonl", b"".join(rows[20:40]), age=100)
     result = asyncio.run(adapt_landed("l", settle_seconds=0.01))
     assert [seen.key for seen in result.files] == ["inbox/parcels/1.jsonl", "inbox/parcels/2.jsonl"]
-    assert [version.parent_version for version in Versions(current_store()).all("l")] == [None, "1"]
+    assert [version.parent_version for version in Versions(open_store()).all("l")] == [None, "1"]
     assert asyncio.run(adapt_landed("l")).files == ()
 
 
 def test_a_run_that_finds_its_lineage_at_work_ends_at_once(home: Path, tiny_base: Path) -> None:
-    add_lineage(current_store(), small("busy", tiny_base))
+    add_lineage(open_store(), small("busy", tiny_base))
     land(home, "parcels/a.jsonl")
 
     async def two() -> Any:
@@ -183,7 +183,7 @@ def test_a_run_that_finds_its_lineage_at_work_ends_at_once(home: Path, tiny_base
             return await adapt_landed("busy", settle_seconds=0.01)
 
     assert asyncio.run(two()).files == ()
-    assert Versions(current_store()).all("busy") == ()
+    assert Versions(open_store()).all("busy") == ()
 
 
 def test_the_server_carries_the_automations_once() -> None:
@@ -202,7 +202,7 @@ def test_a_pause_stops_the_files_that_a_run_has_not_begun(
     tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file that is being learned is finished."""
-    store = current_store()
+    store = open_store()
     add_lineage(store, small("l", tiny_base))
     for name, rows in (("a", ROWS), ("b", ROWS + ROWS.splitlines(keepends=True)[0].replace(b"my", b"our"))):
         land(home, f"parcels/{name}.jsonl", rows)
@@ -225,7 +225,7 @@ def test_a_pause_stops_the_files_that_a_run_has_not_begun(
 def test_an_end_is_noted_until_its_file_is_gone_and_an_arrival_that_failed_stays_open(
     home: Path, tmp_path: Path
 ) -> None:
-    add_lineage(current_store(), lineage("l", base_model=str(tmp_path / "away")))
+    add_lineage(open_store(), lineage("l", base_model=str(tmp_path / "away")))
     land(home, "parcels/a.jsonl")
     land(home, "bank/bad.jsonl", b"nonsense\n")
     result = asyncio.run(adapt_landed("l", settle_seconds=0.01))
@@ -233,5 +233,5 @@ def test_an_end_is_noted_until_its_file_is_gone_and_an_arrival_that_failed_stays
     (home / "store" / "inbox" / "bank" / "bad.jsonl").unlink()
     land(home, "bank/worse.jsonl", b"more nonsense\n")
     asyncio.run(adapt_landed("l", settle_seconds=0.01))
-    assert [*read_ended(current_store(), "l")] == ["inbox/bank/worse.jsonl"]
-    assert [*read_state(current_store(), "l").arrivals] == ["inbox/parcels/a.jsonl"]
+    assert [*read_ended(open_store(), "l")] == ["inbox/bank/worse.jsonl"]
+    assert [*read_state(open_store(), "l").arrivals] == ["inbox/parcels/a.jsonl"]

@@ -24,8 +24,8 @@ from flows.sensor import watch_inbox
 from flows.watch import watch
 from infra.lineage_state import read_state
 from infra.promotions import PromotionLog
+from infra.store.opening import open_store
 from infra.versions import Versions
-from tasks.context import current_store
 from tasks.lineage.settings import WatchedLineage, add_lineage, read_lineage
 from tasks.spec import parse
 
@@ -76,8 +76,8 @@ def landed(home: Path, tiny_base: Path) -> Path:
         "train": {"max_steps": 2, "max_prompt_tokens": 192, "checkpoint_steps": 0},
         "retrain": {"min_rows": 2},
     }
-    add_lineage(current_store(), parse(WatchedLineage, values, "test"), values)
-    current_store().put_bytes("inbox/parcels/a.jsonl", (EXAMPLES / "parcels" / "messages.jsonl").read_bytes())
+    add_lineage(open_store(), parse(WatchedLineage, values, "test"), values)
+    open_store().put_bytes("inbox/parcels/a.jsonl", (EXAMPLES / "parcels" / "messages.jsonl").read_bytes())
     later = time.time() + 3600  # of a clock that runs ahead: the first look cannot know whether it is complete
     os.utime(home / "store" / "inbox" / "parcels" / "a.jsonl", (later, later))
     return home
@@ -109,18 +109,18 @@ def kill(home: Path, moment: tuple[str, str], script: str, *words: str) -> None:
 
 
 def require_learned_once(home: Path) -> None:
-    (version,) = Versions(current_store()).all("l")
-    assert "champion" in version.aliases and len(PromotionLog(current_store()).moves("l")) == 1
+    (version,) = Versions(open_store()).all("l")
+    assert "champion" in version.aliases and len(PromotionLog(open_store()).moves("l")) == 1
     (status,) = asyncio.run(read_status(home)).lineages
     assert (status.num_open, status.failed, status.held_arrivals, status.waiting) == (0, (), (), ())
-    assert read_state(current_store(), "l").batches == ()
+    assert read_state(open_store(), "l").batches == ()
 
 
 @pytest.mark.parametrize("moment", [*SENSED, *LEARNED])
 def test_a_file_is_learned_once_though_its_watch_was_killed(landed: Path, moment: str) -> None:
     words = ("adapt", "--watch", "--once", "--poll", "0.1", "--lineage", "l")
     kill(landed, (SENSED | LEARNED)[moment], WATCH, *words)
-    watches = [asyncio.run(watch(read_lineage(current_store(), "l"), once=True, poll_seconds=0.1)) for _ in range(2)]
+    watches = [asyncio.run(watch(read_lineage(open_store(), "l"), once=True, poll_seconds=0.1)) for _ in range(2)]
     assert [len(done.files) for done in watches] == [int(moment != "noted"), 0]
     require_learned_once(landed)
 
@@ -133,7 +133,7 @@ def look() -> int:
 def started() -> str:
     """The run of the claimed batch, once the sensor has started one."""
     assert any(look() for _ in range(50)), "the first look finds a file that may still be written"
-    claimed = read_state(current_store(), "l").claimed
+    claimed = read_state(open_store(), "l").claimed
     assert claimed is not None and claimed.run is not None
     return claimed.run
 

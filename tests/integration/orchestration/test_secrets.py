@@ -18,7 +18,7 @@ from pydantic_settings import BaseSettings
 
 from benchmarks.tiny_base import NO_LIMITS
 from infra import settings
-from infra.store.local import open_store
+from infra.store.opening import store_at
 from tests.adapting import BANK
 from tests.receiver import Receiver
 
@@ -212,7 +212,7 @@ def test_no_secret_is_kept_by_a_run_that_succeeds_with_all_of_them(
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**secrets, "DEAL_S3_REGION": "us-east-1"}.items():
             patch.setenv(name, value)
-        store = open_store("s3://bucket/deal")
+        store = store_at("s3://bucket/deal")
         store.client.create_bucket(Bucket="bucket")  # type: ignore[attr-defined]
         good, failing = spec_of(tmp_path, tiny_base), spec_of(tmp_path, tiny_base, lineage="other", adapter={"rank": 0})
         refused = spec_of(tmp_path, tmp_path / "no model", lineage="other")

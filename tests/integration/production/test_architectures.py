@@ -12,6 +12,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from infra.settings import EngineSettings
+from infra.store.opening import open_store
 from tasks.predict import predict
 from tasks.serving.publish import publish
 from tests.adapting import BANK, CLINIC, evaluation_of, run, version_of
@@ -61,8 +62,10 @@ def test_an_architecture_goes_the_whole_way(model_type: str, tiny_base: Path, tm
     assert second.accuracies.keys() == {"bank", "clinic"}
     assert evaluation_of(second)["adapter"]["is_changed"], "the second arrival changed the adapter"
 
-    answer = predict("Patient reports chest pain since this morning.", lineage="l", task="clinic", version=None)
-    published = publish("l", tmp_path / "adapters", EngineSettings())
+    answer = predict(
+        open_store(), "Patient reports chest pain since this morning.", lineage="l", task="clinic", version=None
+    )
+    published = publish(open_store(), "l", tmp_path / "adapters", EngineSettings())
     config = json.loads((Path(published.folder) / "adapter_config.json").read_text())
     assert {*config["target_modules"]} == TARGETS[model_type] and config["base_model_name_or_path"] == str(base)
 

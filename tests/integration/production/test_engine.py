@@ -44,7 +44,7 @@ from infra.serving.prediction_log import PredictionLog
 from infra.serving.version_files import SERVED_FILES
 from infra.settings import EngineSettings
 from infra.store.format import write_format
-from tasks.context import current_store
+from infra.store.opening import open_store
 from tests.fake_vllm import NOTHING, WAIT_SECONDS, FakeVllm, running
 from tests.served import following
 from tests.stored_versions import move, store_version
@@ -128,13 +128,13 @@ def register(folders: dict[str, Path]) -> Callable[..., None]:
     """Register versions 1 to 4, and make 1 champion. A version may be in rollout."""
 
     def make(kind: RolloutKind | None = None) -> None:
-        write_format(current_store())
+        write_format(open_store())
         for number, folder in folders.items():
             files = {name: (folder / name).read_bytes() for name in (*SERVED_FILES, PROOF_FILE)}
             terms = RolloutTerms(kind, 1.0, 200, 10.0, 0.95) if kind and number == "2" else None
             parent = "1" if number == "2" else None
-            store_version(current_store(), files, uri=f"adapters/l/run-{number}", parent_version=parent, rollout=terms)
-        move(current_store(), "1")
+            store_version(open_store(), files, uri=f"adapters/l/run-{number}", parent_version=parent, rollout=terms)
+        move(open_store(), "1")
 
     return make
 
@@ -186,7 +186,7 @@ def note(**changes: Any) -> dict[str, Any]:
 @contextmanager
 def front(*engines: FakeVllm, said: list[str] | None = None, **settings: Any) -> Iterator[Front]:
     """`deal serve` before engines, with a prediction log. `said` gets its messages."""
-    store, said = current_store(), [] if said is None else said
+    store, said = open_store(), [] if said is None else said
     log = PredictionLog(store, "l", keeps_texts=True, retention_days=30)
     known = EngineSettings(**{"grace_seconds": GRACE_SECONDS, **settings})
     on_engines = Engines(store, "l", [each.url for each in engines], known, said.append)
@@ -222,13 +222,13 @@ def streaming(front: Front, **changes: Any) -> Iterator[tuple[httpx.Response, It
 
 
 def logged(**kinds: Any) -> list[dict[str, Any]]:
-    return read_predictions(current_store(), "l", **kinds).to_dict("records")  # type: ignore[return-value]
+    return read_predictions(open_store(), "l", **kinds).to_dict("records")  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("number", ["1", "2"])
 def test_answers_and_confidences_are_those_of_the_embedded_model(engine: FakeVllm, alone: Alone, number: str) -> None:
     if number != "1":
-        move(current_store(), number)
+        move(open_store(), number)
     wanted = alone(number)
     with front(engine) as found:
         answered = found.answer(ROWS)
@@ -341,7 +341,7 @@ def test_a_promotion_changes_no_request_that_has_begun_and_then_unloads(
         engine.pace[first] = threading.Event()
         with streaming(found) as (answer, events):
             text, begun = next(events)["choices"][0]["text"], time.monotonic()
-            move(current_store(), "2")
+            move(open_store(), "2")
             wait_for(lambda: found.champion.version == "2")
             assert found.ask().json()["choices"][0]["text"] == alone("2").answers[1]
             wait_for(lambda: time.monotonic() > begun + 2 * GRACE_SECONDS)
@@ -356,7 +356,7 @@ def test_a_promotion_changes_no_request_that_has_begun_and_then_unloads(
         assert list(engine.adapters) == [found.name()]
 
         begun = time.monotonic()
-        move(current_store(), "1", "rolled back")
+        move(open_store(), "1", "rolled back")
         wait_for(lambda: found.champion.version == "1")
         assert found.ask().json()["choices"][0]["text"] == alone("1").answers[1]
         wait_for(lambda: list(engine.adapters) == [first])
@@ -380,7 +380,7 @@ def test_a_canary_that_fails_is_replaced_by_the_champion_unless_its_pieces_have_
 ) -> None:
     register("canary")
     engine = FakeVllm(tiny_base)
-    move(current_store(), "2", "rollout", rollout="canary")
+    move(open_store(), "2", "rollout", rollout="canary")
     with running(engine), front(engine) as found:
         wait_for(lambda: tried(found) == "2")
         candidate = next(name for name in engine.adapters if name.startswith("l-v2-"))
@@ -400,7 +400,7 @@ def test_a_canary_that_fails_is_replaced_by_the_champion_unless_its_pieces_have_
         rows = [("2", num_pieces is not None)] if num_pieces is not None else []
         rows += [] if is_stream and num_pieces == 1 else [(answering, False)]
         wait_for(lambda: len(logged(of_rollout=True)) == len(rows))
-        move(current_store(), "2", "rejected")
+        move(open_store(), "2", "rejected")
         wait_for(lambda: tried(found) is None)
         assert found.ask().headers["X-Deal-Version"] == "1"
         wait_for(lambda: candidate not in engine.adapters)
@@ -409,7 +409,7 @@ def test_a_canary_that_fails_is_replaced_by_the_champion_unless_its_pieces_have_
 def test_a_shadow_answers_copies(tiny_base: Path, register: Callable[..., None], alone: Alone) -> None:
     register("shadow")
     engine = FakeVllm(tiny_base)
-    move(current_store(), "2", "rollout", rollout="shadow")
+    move(open_store(), "2", "rollout", rollout="shadow")
     with running(engine), front(engine) as found:
         wait_for(lambda: tried(found) == "2")
         assert found.ask().json()["choices"][0]["text"] == alone("1").answers[1]
@@ -485,7 +485,7 @@ def test_what_is_about_to_answer_is_not_unloaded(tiny_base: Path, engine: FakeVl
     slow = FakeVllm(tiny_base)
     with running(slow), front(engine, slow, grace_seconds=0.0) as found:
         slow.slow_seconds = 0.5
-        move(current_store(), "2")
+        move(open_store(), "2")
         wait_for(lambda: found.champion.version == "2")
         assert ("unload", found.name()) not in engine.calls
         assert found.ask().headers["X-Deal-Version"] == "2"
@@ -557,13 +557,13 @@ def test_an_engine_with_another_base_model_answers_nothing(
 
 def test_a_version_that_the_engine_refuses_changes_nothing(engine: FakeVllm, alone: Alone) -> None:
     with front(engine) as found:
-        move(current_store(), "4")
+        move(open_store(), "4")
         wait_for(lambda: found.state()["problem"])
         state = found.state()
         assert (state["version"], state["champion"], state["engines"][0]["problem"]) == ("1", "4", None)
         assert "LoRA rank 32 is greater than max_lora_rank 16" in state["problem"]
         assert found.ask().json()["choices"][0]["text"] == alone("1").answers[1]
-        move(current_store(), "2")
+        move(open_store(), "2")
         wait_for(lambda: found.state()["version"] == "2" and found.state()["problem"] is None)
 
 
@@ -576,12 +576,12 @@ def flip(path: Path) -> None:
 def test_damaged_files_are_never_loaded(engine: FakeVllm, home: Path, folders: dict[str, Path], alone: Alone) -> None:
     with front(engine) as found:
         flip(home / "store" / "adapters" / "l" / "run-2" / WEIGHTS_FILE)
-        move(current_store(), "2")
+        move(open_store(), "2")
         wait_for(lambda: f"{WEIGHTS_FILE} has sha256" in str(found.state()["problem"]))
         assert [name for action, name in engine.calls if action == "load"] == [found.name()]
         assert found.ask().json()["choices"][0]["text"] == alone("1").answers[1]
         copy = home / "engine-adapters" / found.name()
-        move(current_store(), "1", "rolled back")
+        move(open_store(), "1", "rolled back")
         wait_for(lambda: found.state()["problem"] is None)
         flip(copy / WEIGHTS_FILE)
         engine.adapters.clear()
@@ -627,11 +627,11 @@ def test_the_token_and_the_authorities_are_settings(
             pass
         assert "key-1" not in str(caught.value)
         with pytest.raises(ConfigError, match=r"DEAL_ENGINE_CA_FILE.*give a PEM file"):
-            Engines(current_store(), "l", [engine.url], EngineSettings(ca_file=tmp_path / "key.pem"), print)
+            Engines(open_store(), "l", [engine.url], EngineSettings(ca_file=tmp_path / "key.pem"), print)
 
         async def swap_with_distrust() -> None:
             settings = EngineSettings(api_key="key-1")
-            async with Engines(current_store(), "l", [engine.url], settings, print) as distrusting:
+            async with Engines(open_store(), "l", [engine.url], settings, print) as distrusting:
                 await asyncio.to_thread(distrusting.swap, folders["1"], "1")
 
         with pytest.raises(NoEngineError, match="CERTIFICATE_VERIFY_FAILED"):
@@ -681,8 +681,8 @@ def test_a_name_never_means_another_adapter(
     with front(engine) as found:
         monkeypatch.setenv("DEAL_STORE_URI", (tmp_path / "elsewhere" / "store").as_uri())
         files = {name: (folders["2"] / name).read_bytes() for name in SERVED_FILES}
-        store_version(current_store(), files)
-        move(current_store(), "1")
+        store_version(open_store(), files)
+        move(open_store(), "1")
         with front(engine, grace_seconds=60.0) as other:
             assert found.name() != other.name()
             assert other.ask().json()["choices"][0]["text"] == alone("2").answers[1]
@@ -723,15 +723,15 @@ def test_an_engine_that_does_not_apply_an_adapter_answers_nothing(
     with front(engine) as found:
         for applied, code in ((NOTHING, "ignores the adapter"), (folders["3"], "applies something else")):
             engine.applies = applied
-            move(current_store(), "2")
+            move(open_store(), "2")
             wait_for(lambda code=code: code in str(found.state()["problem"]))
             assert found.ask().json()["choices"][0]["text"] == alone("1").answers[1]
             assert not any(call == "ask" and name.startswith("l-v2") for call, name in engine.calls)
-            move(current_store(), "1", "rolled back")
+            move(open_store(), "1", "rolled back")
             wait_for(lambda: found.state()["problem"] is None)
             wait_for(lambda: list(engine.adapters) == [found.name()])  # the refused one is unloaded
         engine.applies = None
-        move(current_store(), "2")
+        move(open_store(), "2")
         wait_for(lambda: found.state()["version"] == "2")
         assert found.ask().json()["choices"][0]["text"] == alone("2").answers[1]
 
@@ -755,14 +755,14 @@ def test_a_version_without_a_proof_is_served_and_so_is_one_that_changes_too_litt
     engine: FakeVllm, folders: dict[str, Path], alone: Alone
 ) -> None:
     files = {name: (folders["3"] / name).read_bytes() for name in SERVED_FILES}
-    without = store_version(current_store(), files).version
+    without = store_version(open_store(), files).version
     proof = Proof.from_json(json.loads((folders["3"] / PROOF_FILE).read_text()))
     small = replace(proof, adapter=tuple(value + 1e-3 for value in proof.base))
     files[PROOF_FILE] = json.dumps(small.to_json()).encode()
-    little = store_version(current_store(), files).version
+    little = store_version(open_store(), files).version
     with front(engine) as found:
         for number, sentence in ((without, "stored without a proof"), (little, "too little to prove")):
-            move(current_store(), number)
+            move(open_store(), number)
             wait_for(lambda number=number: found.state()["version"] == number)
             assert found.ask().json()["choices"][0]["text"] == alone("3").answers[1]
             assert sum(sentence in text for text in found.said) == 1
@@ -777,7 +777,7 @@ def test_two_fronts_share_an_engine_and_unload_nothing_that_the_other_one_uses(
         engine.pace[first] = threading.Event()
         with streaming(other) as (_, events):
             text = next(events)["choices"][0]["text"]
-            move(current_store(), "2")
+            move(open_store(), "2")
             wait_for(lambda: [found.champion.version for found in (one, other)] == ["2", "2"])
             moved = time.monotonic()
             wait_for(lambda: time.monotonic() > moved + 4 * GRACE_SECONDS)

@@ -22,8 +22,8 @@ from deal_pipeline.cli.app import app
 from flows.forget import forget
 from infra.settings import EngineSettings
 from infra.store.keys import export_folder
+from infra.store.opening import open_store
 from infra.versions import Version
-from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.predict import Answer, predict
 from tasks.serving.export import _compared, export_version
@@ -43,15 +43,15 @@ def lineage(copied_home: Path) -> None:
 
 
 def version(number: str) -> Version:
-    return find_version(current_store(), "l", number)
+    return find_version(open_store(), "l", number)
 
 
 def exports() -> list[str]:
-    return [info.key for info in current_store().list(export_folder("l"))]
+    return [info.key for info in open_store().list(export_folder("l"))]
 
 
 def asked() -> Answer:
-    return predict(TEXT, lineage="l", task="clinic", version="3")
+    return predict(open_store(), TEXT, lineage="l", task="clinic", version="3")
 
 
 @pytest.mark.nightly
@@ -60,7 +60,7 @@ def test_a_merged_model_answers_as_the_version_without_peft_or_this_project(
 ) -> None:
     before = asked()
     target = tmp_path / "merged"
-    found = export_version("l", "3", "merged", str(target))
+    found = export_version(open_store(), "l", "3", "merged", str(target))
     assert found.max_difference <= found.tolerance and found.num_prompts == 8, "four rows of each of two tasks"
     assert [path.name for path in tmp_path.iterdir() if "merged" in path.name] == ["merged"]
 
@@ -81,13 +81,13 @@ def test_a_merged_model_answers_as_the_version_without_peft_or_this_project(
     assert not list(target.rglob("*.bin")) and "version 3: bank, clinic" in (target / "README.md").read_text()
     assert asked().first_token_logits == before.first_token_logits, "the base model in memory is not the merged one"
     with pytest.raises(ConfigError, match="is there already; name a new folder"):
-        export_version("l", "3", "merged", str(target))
+        export_version(open_store(), "l", "3", "merged", str(target))
 
 
 def test_an_export_that_answers_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self, **_: self.unload())
     with pytest.raises(IntegrityError, match="answers otherwise than the served version"):
-        export_version("l", "3", "merged", str(tmp_path / "merged"))
+        export_version(open_store(), "l", "3", "merged", str(tmp_path / "merged"))
     assert list(tmp_path.glob("*merged*")) == []
     assert asked().answer is not None
 
@@ -102,8 +102,8 @@ def test_logits_that_are_no_numbers_are_refused_wherever_they_stand() -> None:
 def test_what_may_not_serve_is_not_handed_over(tmp_path: Path, act: str) -> None:
     def hand_over(number: str) -> Any:
         if act == "publish":
-            return publish("l", tmp_path / "out", EngineSettings(), version=number)
-        return export_version("l", number, "merged", str(tmp_path / "out"))
+            return publish(open_store(), "l", tmp_path / "out", EngineSettings(), version=number)
+        return export_version(open_store(), "l", number, "merged", str(tmp_path / "out"))
 
     with pytest.raises(RegistryError, match="did not pass its gate"):
         hand_over("2")
@@ -130,7 +130,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_merge(
         tmp_path / ("a" * 5000): "File name too long",
     }.items():
         with pytest.raises(ConfigError, match=rf"cannot be made \({why}\); name a new folder"):
-            export_version("l", "3", "merged", str(target))
+            export_version(open_store(), "l", "3", "merged", str(target))
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["file"]
 
 
@@ -138,10 +138,10 @@ def test_a_peft_folder_has_its_card_and_no_rows(
     home: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "peft"
-    found = export_version("l", "3", "peft", str(folder))
+    found = export_version(open_store(), "l", "3", "peft", str(folder))
     assert found.to == "peft" and found.max_difference <= found.tolerance and len(exports()) == 1
     with pytest.raises(ConfigError, match="is there already; name a new folder"):
-        export_version("l", "3", "peft", str(folder))
+        export_version(open_store(), "l", "3", "peft", str(folder))
     assert sorted(path.name for path in folder.iterdir()) == [
         "README.md",
         "adapter_config.json",
@@ -153,10 +153,10 @@ def test_a_peft_folder_has_its_card_and_no_rows(
         assert str(tiny_base).encode() not in path.read_bytes(), "a path of this machine is nobody else's business"
     assert read_served(folder).base_source == tiny_base.name
     with pytest.raises(ConfigError, match="give OWNER/NAME"):
-        export_version("l", "3", "hub", "../somewhere")
+        export_version(open_store(), "l", "3", "hub", "../somewhere")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match="ours/support could not be written on the Hub"):
-        export_version("l", "3", "hub", "ours/support")
+        export_version(open_store(), "l", "3", "hub", "ours/support")
 
 
 def test_nothing_is_uploaded_to_a_public_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,7 @@ def test_nothing_is_uploaded_to_a_public_repository(tmp_path: Path, monkeypatch:
     with Loopback(Hub) as server:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.address)
         with pytest.raises(ConfigError, match=r"ours/support is a public repository.*Nothing was uploaded"):
-            export_version("l", "3", "hub", "ours/support")
+            export_version(open_store(), "l", "3", "hub", "ours/support")
     assert asked == ["POST /api/repos/create", "GET /api/models/ours/support"]
 
 
@@ -202,28 +202,28 @@ def resolved(folder: Path, base_model: str, name: str) -> bool:
 
 def test_a_published_folder_is_what_vllms_resolver_looks_for_and_never_changes(tiny_base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "adapters"
-    found = publish("l", folder, EngineSettings())
+    found = publish(open_store(), "l", folder, EngineSettings())
     assert (found.model, found.is_new, found.base_model) == ("l-v3", True, str(tiny_base))
     assert [path.name for path in folder.iterdir()] == ["l-v3"], "nothing else, not even for a moment that is over"
     assert resolved(folder, str(tiny_base), "l-v3") and not resolved(folder, "served-name", "l-v3")
-    stored = current_store().get_bytes(f"{version('3').adapter_uri}/{WEIGHTS_FILE}")
+    stored = open_store().get_bytes(f"{version('3').adapter_uri}/{WEIGHTS_FILE}")
     assert (folder / "l-v3" / WEIGHTS_FILE).read_bytes() == stored
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), folder / "l-v3")
 
-    assert not publish("l", folder, EngineSettings()).is_new
+    assert not publish(open_store(), "l", folder, EngineSettings()).is_new
     with pytest.raises(ConfigError, match=rf"other content \(adapter_config.json\).*for the base model {tiny_base}"):
-        publish("l", folder, EngineSettings(), model="ours/base")
+        publish(open_store(), "l", folder, EngineSettings(), model="ours/base")
     theirs, noted = tmp_path / "theirs", exports()
     shutil.copytree(folder, theirs)
     (theirs / "l-v3" / CONFIG_FILE).write_text("{}")
     with pytest.raises(ConfigError, match="other content"):
-        publish("l", theirs, EngineSettings())
+        publish(open_store(), "l", theirs, EngineSettings())
     assert exports() == noted and len(noted) == 1, "the folder is another's"
     (folder / "l-v3" / WEIGHTS_FILE).write_bytes(b"damaged")
     with pytest.raises(ConfigError, match=r"other content \(adapter_model.safetensors\)"):
-        publish("l", folder, EngineSettings())
+        publish(open_store(), "l", folder, EngineSettings())
     with pytest.raises(ConfigError, match="its rank is"):
-        publish("l", folder, EngineSettings(max_lora_rank=1), version="1")
+        publish(open_store(), "l", folder, EngineSettings(max_lora_rank=1), version="1")
 
     words = ["version", "export", "1", "-l", "l", "--format", "vllm", "--out", str(folder)]
     with put_back():

@@ -23,7 +23,7 @@ from flows.forget import forget
 from infra.lineage_state import read_state
 from infra.run_journal import RunJournal
 from infra.store.keys import baseline_key
-from tasks.context import current_store
+from infra.store.opening import open_store
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
 from tasks.lineage.reports import save_report
@@ -46,7 +46,7 @@ def lineage(copied_home: Path) -> Path:
 
 
 def reference_of(version: str = "3") -> pd.DataFrame:
-    found = read_reference(current_store(), find_version(current_store(), "l", version).adapter_uri)
+    found = read_reference(open_store(), find_version(open_store(), "l", version).adapter_uri)
     assert found is not None
     return found
 
@@ -74,11 +74,11 @@ def deal(*arguments: str) -> str:
 
 
 def store_has_baseline() -> bool:
-    return bool([*current_store().list("monitor")])
+    return bool([*open_store().list("monitor")])
 
 
 def test_the_evaluation_writes_a_reference_without_texts(lineage: Path) -> None:
-    store, info = current_store(), find_version(current_store(), "l", "3")
+    store, info = open_store(), find_version(open_store(), "l", "3")
     record, found = read_record(store, info), reference_of()
     assert {*found["task"]} == {"bank", "clinic"}
     for known in record.tasks:
@@ -92,7 +92,7 @@ def test_the_evaluation_writes_a_reference_without_texts(lineage: Path) -> None:
         assert set(rows["label"].dropna()) <= set(known.schema.labels)
         assert [*rows["is_label"]] == [*rows["label"].notna()]
     assert found["input"].isna().all() and found["output"].isna().all()
-    assert find_version(current_store(), "l", "2").adapter_uri != info.adapter_uri and not reference_of("2").empty
+    assert find_version(open_store(), "l", "2").adapter_uri != info.adapter_uri and not reference_of("2").empty
 
     store.delete(f"{info.adapter_uri}/{REFERENCE_FILE}")
     put_predictions(store, "l", live_of(found), "a")
@@ -107,7 +107,7 @@ def live_of(reference: pd.DataFrame) -> pd.DataFrame:
 
 
 def test_an_alarm_is_announced_once_until_it_was_gone(lineage: Path, receiver: Receiver) -> None:
-    store = current_store()
+    store = open_store()
     assert "has no answer of version 3" in (look().problem or "")
     assert read_state(store, "l").monitor is None
     put_predictions(store, "l", live(1), "a")
@@ -137,8 +137,8 @@ def test_an_alarm_is_announced_once_until_it_was_gone(lineage: Path, receiver: R
 
 
 def test_a_look_is_kept_in_mlflow_on_the_page_and_in_the_status(lineage: Path, tmp_path: Path) -> None:
-    put_predictions(current_store(), "l", pd.concat([live(1), live(1, task="clinic", confidence=0.999)]), "a")
-    before = RunJournal(current_store()).all("l")
+    put_predictions(open_store(), "l", pd.concat([live(1), live(1, task="clinic", confidence=0.999)]), "a")
+    before = RunJournal(open_store()).all("l")
     found = json.loads(deal("monitor", "--lineage", "l", "--json"))
     deal("monitor", "--lineage", "l", "--json")
     assert {each["kind"] for each in found["new_alarms"]} == {"drift"}
@@ -149,17 +149,17 @@ def test_a_look_is_kept_in_mlflow_on_the_page_and_in_the_status(lineage: Path, t
     assert run.data.metrics["drift.clinic.confidence"] > 0.15 and run.data.metrics["drift.bank.num_live"] == NUM_LIVE
     steps = [each.step for each in client.get_metric_history(run.info.run_id, "drift.bank.alarms")]
     assert steps == [1, 2], "all looks at a version are one run"
-    assert RunJournal(current_store()).all("l") == before, "no adaptation"
+    assert RunJournal(open_store()).all("l") == before, "no adaptation"
 
-    page = save_report("l", "3", tmp_path / "page.html").read_text(encoding="utf-8")
+    page = save_report(open_store(), "l", "3", tmp_path / "page.html").read_text(encoding="utf-8")
     assert '<h2 id="live">Live traffic</h2>' in page and "clinic: drift</h3>" in page and "bank: no alarm</h3>" in page
     assert page.count("What to do: ") == 1 and "deal feedback sample clinic --lineage" in page
     assert page.count(" and its reference</title>") == 2
-    run_key = find_version(current_store(), "l", "3").run_key
+    run_key = find_version(open_store(), "l", "3").run_key
     (own,) = client.search_runs(experiments, f"tags.`deal.run_key` = '{run_key}'")
     kept = Path(client.download_artifacts(own.info.run_id, "report.html", str(tmp_path))).read_text(encoding="utf-8")
     assert kept == page
-    assert "Live traffic" not in save_report("l", "1", tmp_path / "one.html").read_text(encoding="utf-8")
+    assert "Live traffic" not in save_report(open_store(), "l", "1", tmp_path / "one.html").read_text(encoding="utf-8")
     assert "l live: version 3" in deal("status") and "clinic: drift since" in deal("status")
     shown = " ".join(deal("monitor", "--lineage", "l").split())
     assert "alarm" in shown and "deal feedback sample clinic --lineage l" in shown, "what to do is said"
@@ -170,18 +170,18 @@ def test_a_look_counts_while_mlflow_is_away(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    put_predictions(current_store(), "l", live(1, confidence=0.999), "a")
+    put_predictions(open_store(), "l", live(1, confidence=0.999), "a")
     found = look()
     assert "MLflow lacks a look at version 3" in caplog.text
     assert [each.kind for each in found.new_alarms] == ["drift"] and len(receiver.told()) == 1
-    state = read_state(current_store(), "l").monitor
+    state = read_state(open_store(), "l").monitor
     assert state is not None and state.num_looks == 1
-    page = save_report("l", "3", tmp_path / "page.html").read_text(encoding="utf-8")
+    page = save_report(open_store(), "l", "3", tmp_path / "page.html").read_text(encoding="utf-8")
     assert "bank: drift</h3>" in page
 
 
 def test_only_rows_since_the_promotion_count(lineage: Path) -> None:
-    store = current_store()
+    store = open_store()
     since = champion_since(store, "l", "3")
     assert since is not None and champion_since(store, "l", "1") is None
     put_predictions(store, "l", live(1, version="1"), "a")
@@ -190,8 +190,8 @@ def test_only_rows_since_the_promotion_count(lineage: Path) -> None:
 
 
 def test_feedback_that_says_wrong_is_a_drop(lineage: Path, receiver: Receiver) -> None:
-    store = current_store()
-    uri = find_version(current_store(), "l", "3").adapter_uri
+    store = open_store()
+    uri = find_version(open_store(), "l", "3").adapter_uri
     right = reference_of().assign(score=1.0)  # the tiny model knows nothing
     right.to_parquet(lineage / "store" / uri / REFERENCE_FILE)
     rows = live(1, label="fee dispute", is_label=True)
@@ -202,7 +202,7 @@ def test_feedback_that_says_wrong_is_a_drop(lineage: Path, receiver: Receiver) -
     measured = found.drift.task("bank").measured
     assert measured is not None and measured.accuracy == 0.2 and measured.num_rows == 100
     before = found.drift.task("bank").before
-    assert before == read_record(store, find_version(current_store(), "l", "1")).accuracies()["bank"]
+    assert before == read_record(store, find_version(open_store(), "l", "1")).accuracies()["bank"]
     told = {each["event"]: each["payload"] for each in receiver.told()}
     assert "measured at 20.0 %" in told["deal.quality.dropped"]["reasons"][0]
     assert told["deal.quality.dropped"]["accuracies"] == {"bank": 0.2}
@@ -212,7 +212,7 @@ def test_answers_of_another_server_are_compared_from_a_file(lineage: Path, tmp_p
     texts = tmp_path / "june.jsonl"
     rows = [{"body": f"My card number {number} is lost", "answer": number} for number in range(120)]
     texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    answers = predict_file(texts, lineage="l", task="bank", version=None, out=None, column="body")
+    answers = predict_file(open_store(), texts, lineage="l", task="bank", version=None, out=None, column="body")
     assert answers.columns["answer"] == "deal_answer"
     renamed = tmp_path / "answers.jsonl"
     renamed.write_text(Path(answers.out).read_text().replace('"body"', '"text"'))
@@ -222,7 +222,7 @@ def test_answers_of_another_server_are_compared_from_a_file(lineage: Path, tmp_p
     assert bank.status == "compared" and bank.estimated is None
     assert {"length of inputs", "texts"} <= {test.name for test in bank.tests if test.is_alarm}
     assert not {"confidence", "label mass"} & {test.name for test in bank.tests}
-    assert not found.new_alarms and not receiver.told() and read_state(current_store(), "l").monitor is None
+    assert not found.new_alarms and not receiver.told() and read_state(open_store(), "l").monitor is None
 
     logged = tmp_path / "log.parquet"
     live(1).to_parquet(logged)
@@ -247,7 +247,7 @@ def test_answers_of_another_server_are_compared_from_a_file(lineage: Path, tmp_p
 
 
 def test_present_traffic_can_take_the_references_place(lineage: Path) -> None:
-    store = current_store()
+    store = open_store()
     put_predictions(store, "l", live(1, chars=5000).iloc[:50], "a")
     with pytest.raises(ConfigError, match="No task has 100 live rows"):
         look(new_reference=True)
@@ -269,20 +269,20 @@ def test_present_traffic_can_take_the_references_place(lineage: Path) -> None:
 
 
 def test_forgotten_test_rows_leave_the_references(lineage: Path) -> None:
-    store = current_store()
-    bank = read_record(store, find_version(current_store(), "l", "3")).task("bank")
+    store = open_store()
+    bank = read_record(store, find_version(open_store(), "l", "3")).task("bank")
     assert bank is not None
     done = asyncio.run(forget(bank.test_uris[0].split("/")[2]))
     assert {each.version for each in done.plan.held if each.kind == "reference rows"} == {"1", "2", "3"}
     for version in ("2", "3"):
         assert {*reference_of(version)["task"]} == {"clinic"}
-    assert not store.exists(f"{find_version(current_store(), 'l', '1').adapter_uri}/{REFERENCE_FILE}")
+    assert not store.exists(f"{find_version(open_store(), 'l', '1').adapter_uri}/{REFERENCE_FILE}")
 
 
 def test_every_champion_is_looked_at(lineage: Path) -> None:
     (lineage / "store" / "lineages").mkdir()
     (lineage / "store" / "lineages" / "without-a-champion.yaml").write_text("lineage: without-a-champion\n")
-    put_predictions(current_store(), "l", live(1), "a")
+    put_predictions(open_store(), "l", live(1), "a")
     (found,) = asyncio.run(monitor_lineages())
     assert found.lineage == "l" and found.drift is not None, "a lineage needs no file to be looked at"
     (lineage / "store" / "lineages" / "l.yaml").write_text("lineage: l\nmonitor: {sensitivity: low}\n")

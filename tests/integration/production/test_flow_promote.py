@@ -24,8 +24,8 @@ from flows.adapt_result import AdaptResult
 from flows.requeue import requeue
 from infra.promotions import PromotionLog
 from infra.store.base import ObjectStore
+from infra.store.opening import open_store
 from infra.versions import Since, Version, Versions
-from tasks.context import current_store
 from tasks.housekeeping.arrivals import list_data
 from tasks.lineage.history import find_version
 from tasks.lineage.promotion import (
@@ -114,7 +114,7 @@ def die(*args: Any) -> None:
 
 
 def aliases() -> dict[str, str]:
-    return {alias: info.version for info in Versions(current_store()).all("l") for alias in info.aliases}
+    return {alias: info.version for info in Versions(open_store()).all("l") for alias in info.aliases}
 
 
 @pytest.mark.usefixtures("lineage")
@@ -124,13 +124,13 @@ def test_a_rollback_moves_champion_and_previous_and_says_what_it_leaves_behind(m
     monkeypatch.setattr(
         "tasks.lineage.promotion.announce", lambda kind, notice, **_: told.append((kind, notice.version, notice.who))
     )
-    done = roll_back("l", None, **BY)
-    announce_decision(done)
+    done = roll_back(open_store(), "l", None, **BY)
+    announce_decision(open_store(), done)
     assert told == [("rolled back", "1", "tester")]
     assert (done.before, done.champion) == ("2", "1")
     assert [(left.version, left.task) for left in done.left_behind] == [("2", "parcels")]
     assert (aliases()["champion"], aliases()["previous"], aliases()["challenger"]) == ("1", "2", "1")
-    log = PromotionLog(current_store())
+    log = PromotionLog(open_store())
     moves = [(move.action, move.before, move.champion, move.who) for move in log.moves("l")]
     assert moves == [
         ("promoted", None, "1", "gate"),
@@ -153,24 +153,24 @@ def test_page_and_lists_say_that_a_version_was_rolled_back_and_why(home: Path) -
     }
     before = {name: shown(*words) for name, words in commands.items()} | {"page": page.read_text()}
     assert not any("rolled back" in text for text in before.values())
-    roll_back("l", None, who="tester", why="wrong <labels>")
+    roll_back(open_store(), "l", None, who="tester", why="wrong <labels>")
     after = {name: shown(*words) for name, words in commands.items()} | {"page": page.read_text()}
     said = "rolled back to version 1 on "
     assert all(said in " ".join(text.split()) for text in after.values())
     assert all("wrong <labels>" in " ".join(after[name].split()) for name in commands)
     assert "wrong &lt;labels&gt;" in after["page"]
-    of_first = next(arrival for arrival in list_data(current_store()) if arrival.task == "bank")
+    of_first = next(arrival for arrival in list_data(open_store()) if arrival.task == "bank")
     assert of_first.state == "learned"
 
 
 @pytest.mark.nightly
 def test_what_was_left_behind_is_learned_again_only_when_asked(tiny_base: Path, lineage: None) -> None:
-    roll_back("l", None, **BY)
+    roll_back(open_store(), "l", None, **BY)
     repeat = learn(tiny_base, "parcels")
     assert repeat.status == "repeat" and "deal version requeue 2 --lineage l" in repeat.message
     third = learn(tiny_base, "clinic")
     assert (third.version, third.parent_version) == ("3", "1"), "the lineage branches at the rollback"
-    assert [left.version for left in find_left_behind("l")] == ["2"]
+    assert [left.version for left in find_left_behind(open_store(), "l")] == ["2"]
 
     async def requeue_twice_at_once() -> list[list[AdaptResult]]:
         return await asyncio.gather(requeue("l"), requeue("l"))
@@ -178,7 +178,7 @@ def test_what_was_left_behind_is_learned_again_only_when_asked(tiny_base: Path, 
     nothing, (result,) = sorted(asyncio.run(requeue_twice_at_once()), key=len)
     assert nothing == [], "the second run looks after the first has ended"
     assert (result.status, result.task, result.version, result.parent_version) == ("promoted", "parcels", "4", "3")
-    assert find_left_behind("l") == ()
+    assert find_left_behind(open_store(), "l") == ()
     (named,) = asyncio.run(requeue("l", ["2"]))
     for repeat in (named, learn(tiny_base, "parcels")):
         assert repeat.message.startswith("Nothing to do: version 4 has learned")
@@ -189,14 +189,14 @@ def test_an_arrival_that_is_now_the_first_of_its_task_is_learned_again_once(tiny
     learn(tiny_base, "clinic")
     before = learn(tiny_base, "clinic, more")
     assert (before.version, before.dataset.num_test, before.dataset.num_added) == ("4", 7, 7), "a fifth of its rows"
-    roll_back("l", "2", **BY)
+    roll_back(open_store(), "l", "2", **BY)
     assert "deal version requeue 4 --lineage l" in learn(tiny_base, "clinic, more").message
     (after,) = asyncio.run(requeue("l", ["4"]))
     assert (after.status, after.version, after.parent_version) == ("promoted", "5", "2")
     assert after.dataset.num_test == 12 and after.dataset.sha256 != before.dataset.sha256, (
         "a third, as of any first file"
     )
-    assert [left.version for left in find_left_behind("l")] == ["3"]
+    assert [left.version for left in find_left_behind(open_store(), "l")] == ["3"]
     (named,) = asyncio.run(requeue("l", ["4"]))
     for repeat in (named, learn(tiny_base, "clinic, more")):
         assert repeat.message.startswith("Nothing to do: version 5 has learned")
@@ -204,15 +204,15 @@ def test_an_arrival_that_is_now_the_first_of_its_task_is_learned_again_once(tiny
 
 @pytest.mark.usefixtures("lineage")
 def test_nothing_is_learned_again_where_another_file_lies_by_now(tmp_path: Path) -> None:
-    roll_back("l", None, **BY)
-    store, key = current_store(), f"{Versions(current_store()).all('l')[1].adapter_uri}/findings.json"
+    roll_back(open_store(), "l", None, **BY)
+    store, key = open_store(), f"{Versions(open_store()).all('l')[1].adapter_uri}/findings.json"
     findings, moved = json.loads(store.get_bytes(key)), tmp_path / "messages.jsonl"
     moved.write_bytes(Path(TASKS["parcels"]["data"]).read_bytes() + b"\n")
     findings["spec"]["task"]["data"] = str(moved)
     store.put_bytes(key, json.dumps(findings).encode())
     with pytest.raises(DataValidationError, match="land the old file again"):
         asyncio.run(requeue("l"))
-    assert len(Versions(current_store()).all("l")) == 2
+    assert len(Versions(open_store()).all("l")) == 2
 
 
 def test_a_version_that_needs_approval_waits_and_is_no_parent(tiny_base: Path, waiting: None) -> None:
@@ -223,19 +223,19 @@ def test_a_version_that_needs_approval_waits_and_is_no_parent(tiny_base: Path, w
     parent = next_parent()
     assert parent is not None and parent.version == "2"
 
-    promote_to("l", "3", **BY)
+    promote_to(open_store(), "l", "3", **BY)
     assert aliases() == {"champion": "3", "previous": "2", "challenger": "3"}
-    assert [entry.approval for entry in Versions(current_store()).all("l")] == [None, None, "given"]
+    assert [entry.approval for entry in Versions(open_store()).all("l")] == [None, None, "given"]
     assert learn(tiny_base, "clinic").message.startswith("Nothing to do: version 3 has learned")
 
 
 def test_a_refused_version_never_serves(tiny_base: Path, waiting: None) -> None:
-    reject_version("l", "3", who="tester", why="labels look wrong")
+    reject_version(open_store(), "l", "3", who="tester", why="labels look wrong")
     for move in (promote_to, roll_back):
         with pytest.raises(RegistryError, match="rejected by a person"):
-            move("l", "3", **BY)
+            move(open_store(), "l", "3", **BY)
     assert next_parent() is not None and aliases()["champion"] == "2", "a later run does not complete it"
-    last = PromotionLog(current_store()).moves("l")[-1]
+    last = PromotionLog(open_store()).moves("l")[-1]
     assert (last.action, last.version, last.champion, last.why) == ("rejected", "3", "2", "labels look wrong")
     assert "was rejected" in learn(tiny_base, "clinic", approval="manual").message
 
@@ -247,7 +247,7 @@ def test_a_version_that_would_wait_is_refused_if_its_parent_lost_the_championshi
 
     def approve_the_other(versions: Versions, version: Version) -> Version:
         made = whole(versions, version)
-        promote_to("l", "3", **BY)
+        promote_to(open_store(), "l", "3", **BY)
         return made
 
     with monkeypatch.context() as patch:
@@ -255,14 +255,14 @@ def test_a_version_that_would_wait_is_refused_if_its_parent_lost_the_championshi
         with pytest.raises(RegistryError, match=r"version 3 is champion now.*Run the same command again"):
             learn(tiny_base, "clinic", again=True, approval="manual")
     assert aliases() == {"champion": "3", "previous": "2", "challenger": "4"}
-    assert [entry.standing for entry in Versions(current_store()).all("l")][-1] == "left behind", "it does not wait"
+    assert [entry.standing for entry in Versions(open_store()).all("l")][-1] == "left behind", "it does not wait"
     assert learn(tiny_base, "clinic, more", approval="manual").status == "awaiting approval", "the lineage goes on"
 
 
 @pytest.mark.usefixtures("lineage")
 def test_an_arrival_that_was_promoted_and_then_rejected_is_learned_with_other_settings(tiny_base: Path) -> None:
-    roll_back("l", "1", **BY)
-    reject_version("l", "2", **BY)
+    roll_back(open_store(), "l", "1", **BY)
+    reject_version(open_store(), "l", "2", **BY)
     same = learn(tiny_base, "parcels")
     assert (same.status, same.version) == ("repeat", "2") and "change the settings" in same.message
     assert learn(tiny_base, "parcels", max_drop_points=99).status == "promoted"
@@ -270,11 +270,11 @@ def test_an_arrival_that_was_promoted_and_then_rejected_is_learned_with_other_se
 
 @pytest.mark.usefixtures("lineage")
 def test_of_two_moves_at_once_one_wins_and_the_other_is_told() -> None:
-    roll_back("l", "1", **BY)
+    roll_back(open_store(), "l", "1", **BY)
 
     def move(number: int) -> str:
         try:
-            promote_to("l", "2", who=f"person {number}", why="race")
+            promote_to(open_store(), "l", "2", who=f"person {number}", why="race")
         except RegistryError as error:
             return str(error)
         return "won"
@@ -284,19 +284,19 @@ def test_of_two_moves_at_once_one_wins_and_the_other_is_told() -> None:
     assert outcomes.count("won") >= 1 and aliases()["champion"] == "2"
     told = [text for text in outcomes if text != "won" and "person" not in text and "champion already" not in text]
     assert told == []
-    assert [move.version for move in PromotionLog(current_store()).moves("l")] == ["1", "2", "1", "2"], (
+    assert [move.version for move in PromotionLog(open_store()).moves("l")] == ["1", "2", "1", "2"], (
         "the log has one promotion"
     )
 
 
 @pytest.mark.usefixtures("waiting")
 def test_a_rejection_holds_for_who_read_the_version_before_it() -> None:
-    waiting = Versions(current_store()).all("l")[-1]
-    reject_version("l", "3", **BY)
+    waiting = Versions(open_store()).all("l")[-1]
+    reject_version(open_store(), "l", "3", **BY)
     for before in (waiting, waiting.model_copy(update={"since": Since()})):
         with pytest.raises(RegistryError, match="rejected by a person"):
-            move_champion(current_store(), before, expected="2", action="promoted", **BY)
-    assert (aliases()["champion"], PromotionLog(current_store()).moves("l")[-1].action) == ("2", "rejected")
+            move_champion(open_store(), before, expected="2", action="promoted", **BY)
+    assert (aliases()["champion"], PromotionLog(open_store()).moves("l")[-1].action) == ("2", "rejected")
 
 
 @pytest.mark.nightly
@@ -307,10 +307,10 @@ def test_a_version_whose_run_died_before_its_promotion_is_promoted_by_the_next_r
         patch.setattr(PromotionLog, "add", die)
         with pytest.raises(KilledError):
             learn(tiny_base, "clinic")
-    assert aliases()["champion"] == "2" and len(Versions(current_store()).all("l")) == 3
+    assert aliases()["champion"] == "2" and len(Versions(open_store()).all("l")) == 3
     parent = next_parent()
     assert parent is not None and parent.version == "3" == aliases()["champion"]
-    assert roll_back("l", None, **BY).before == "3"
+    assert roll_back(open_store(), "l", None, **BY).before == "3"
     parent = next_parent()
     assert parent is not None and parent.version == "2", "a version that was rolled back is not promoted again"
     assert "deal version requeue 3" in learn(tiny_base, "clinic").message
@@ -320,13 +320,13 @@ def test_a_version_whose_run_died_before_its_promotion_is_promoted_by_the_next_r
 def test_a_rejection_does_not_undo_a_move_that_was_made_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     def find_slowly(store: ObjectStore, lineage: str, version: str) -> Version:
         monkeypatch.setattr("tasks.lineage.promotion.find_version", find_version)
-        roll_back("l", "1", **BY)
+        roll_back(store, "l", "1", **BY)
         return find_version(store, lineage, version)
 
     monkeypatch.setattr("tasks.lineage.promotion.find_version", find_slowly)
     with pytest.raises(RegistryError, match="try again"):
-        reject_version("l", "3", **BY)
-    assert (aliases()["champion"], PromotionLog(current_store()).moves("l")[-1].champion) == ("1", "1")
+        reject_version(open_store(), "l", "3", **BY)
+    assert (aliases()["champion"], PromotionLog(open_store()).moves("l")[-1].champion) == ("1", "1")
 
 
 @pytest.mark.usefixtures("lineage")
@@ -337,7 +337,7 @@ def test_a_move_is_logged_and_printed_before_a_prefect_server_that_is_away_is_as
         """Refuses every request, and looks at the first one what the command has done so far."""
 
         def do_GET(self) -> None:
-            first_look.append((printed.read_text(), PromotionLog(current_store()).moves("l")[-1].champion))
+            first_look.append((printed.read_text(), PromotionLog(open_store()).moves("l")[-1].champion))
             self.send_error(503)
 
         do_POST = do_GET
@@ -357,7 +357,7 @@ def test_each_decision_stands_and_ends_well_without_its_prefect_server(home: Pat
         for words in (["rollback"], ["promote", "2"], ["rollback"], ["reject", "2", "--reason", "wrong labels"]):
             done = CliRunner().invoke(app, ["version", *words, "--lineage", "l", "--home", str(home)])
             assert done.exit_code == 0 and f"The Prefect server at {nowhere} does not answer" in done.stderr
-    moves = [(move.action, move.champion) for move in PromotionLog(current_store()).moves("l")]
+    moves = [(move.action, move.champion) for move in PromotionLog(open_store()).moves("l")]
     assert moves[2:] == [("rolled back", "1"), ("promoted", "2"), ("rolled back", "1"), ("rejected", "1")]
     kinds = [notice["event"].rpartition(".")[2] for notice in receiver.told()]
     assert kinds == ["rolled-back", "promoted", "rolled-back", "rejected"], "the webhook is told all the same"

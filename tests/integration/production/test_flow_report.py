@@ -31,7 +31,7 @@ from deal_pipeline.server.automations import NEVER_BEGAN, apply_notifications, a
 from flows.adapt import adapt
 from flows.adapt_result import AdaptResult
 from infra.report.run_report import RunReport
-from tasks.context import current_store
+from infra.store.opening import open_store
 from tasks.lineage.frozen_rows import ANSWERS_FILE
 from tasks.lineage.reports import save_report
 from tasks.notices import Notice, announce, announce_failure
@@ -177,11 +177,11 @@ def test_no_text_of_a_row_gets_out_unless_it_may(
             train={"max_steps": 3, "max_prompt_tokens": 128, "max_answer_tokens": 8, "checkpoint_steps": 0},
         )
         key = f"adapters/quiet/{result.run_key[:16]}/{ANSWERS_FILE}"
-        known = json.loads(current_store().get_bytes(key))
+        known = json.loads(open_store().get_bytes(key))
         # the tiny model learns nothing in three steps, so its stored answers are replaced by right ones
         rows = pq.read_table(home / "store" / result.dataset.uri / "test.parquet").to_pylist()
         known["now"][task] = {row["sha256"]: row["output"] for row in rows}
-        current_store().put_bytes(key, json.dumps(known).encode())
+        open_store().put_bytes(key, json.dumps(known).encode())
     broken = tmp_path / "broken.jsonl"
     broken.write_text("".join(json.dumps({"text": "", "label": PLANTED}) + "\n" for _ in range(9)))
     with pytest.raises(DataValidationError, match="9 of 9 rows cannot be used"):
@@ -194,7 +194,7 @@ def test_no_text_of_a_row_gets_out_unless_it_may(
     assert PLANTED.encode() not in (home / "mlflow.db").read_bytes()
     assert any(name.endswith(".jsonl") for name in files_with(home / "store", PLANTED)), "only the store has them"
     assert set(known["now"]) == {"first", "second"}
-    file = save_report("quiet", "2", tmp_path / "page.html").read_text(encoding="utf-8")
+    file = save_report(open_store(), "quiet", "2", tmp_path / "page.html").read_text(encoding="utf-8")
     assert CONTRARY in file
     assert not [path for path in (home / "store").rglob("manifest.json") if PLANTED in path.read_text()]
     assert "Lost: 1" in file and "data.include_texts is off" in file, "rows were lost, and named by digest only"
@@ -215,15 +215,15 @@ def test_no_text_of_a_row_gets_out_unless_it_may(
 def test_a_version_without_report_data_is_refused_in_words(home: Path, tiny_base: Path, tmp_path: Path) -> None:
     result = learn(tiny_base, write_rows(tmp_path / "a.jsonl", "a"), "old", "a", gate={"min_accuracy": 1.0})
     assert result.status == "rejected"
-    page = save_report("old", "1", tmp_path / "page.html").read_text(encoding="utf-8")
+    page = save_report(open_store(), "old", "1", tmp_path / "page.html").read_text(encoding="utf-8")
     assert "was rejected by the gate" in page
     with pytest.raises(ConfigError, match="--out"):
-        save_report("old", "1", tmp_path / "a.jsonl" / "page.html")
+        save_report(open_store(), "old", "1", tmp_path / "a.jsonl" / "page.html")
     next((home / "store" / "reports").rglob("report.json")).unlink()
     with pytest.raises(RegistryError, match="has no report"):
-        save_report("old", "1", tmp_path / "page.html")
+        save_report(open_store(), "old", "1", tmp_path / "page.html")
     with pytest.raises(RegistryError, match="no version 7"):
-        save_report("old", "7", tmp_path / "page.html")
+        save_report(open_store(), "old", "7", tmp_path / "page.html")
 
 
 def test_an_automation_that_is_switched_on_tells_through_a_block(

@@ -15,8 +15,8 @@ from deal_pipeline.cli.app import app
 from flows.champions import abort_rollout, check_rollout, finish_rollout
 from flows.promote import decide
 from infra.promotions import PromotionLog
+from infra.store.opening import open_store
 from infra.versions import Version, Versions
-from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.promotion import find_left_behind, promote_accepted, promote_to, reject_version, roll_back
 from tests.adapting import next_parent
@@ -36,13 +36,13 @@ def lineage(copied_home: Path) -> None:
 def begin(name: str) -> Version:
     """Let the run of a new version end."""
     version = register(name, rollout=TERMS)
-    promote_accepted(current_store(), version)
+    promote_accepted(open_store(), version)
     return version
 
 
 def in_rollout() -> str | None:
     """The version that the log names, and the one with the alias; they are the same."""
-    store = current_store()
+    store = open_store()
     opened = PromotionLog(store).open_rollout("l")
     found = next((version for version in Versions(store).all("l") if "rollout" in version.aliases), None)
     assert (opened.version if opened else None) == (found.version if found else None)
@@ -50,15 +50,15 @@ def in_rollout() -> str | None:
 
 
 def champion() -> str:
-    return find_version(current_store(), "l", None).version
+    return find_version(open_store(), "l", None).version
 
 
 def standing(version: str) -> str:
-    return find_version(current_store(), "l", version).standing
+    return find_version(open_store(), "l", version).standing
 
 
 def newest_move() -> tuple[str, str, str | None, str]:
-    move = PromotionLog(current_store()).moves("l")[-1]
+    move = PromotionLog(open_store()).moves("l")[-1]
     return move.action, move.version, move.champion, move.who
 
 
@@ -66,58 +66,58 @@ def test_a_version_in_rollout_is_neither_champion_nor_parent_nor_left_behind() -
     version = begin("a")
     assert (in_rollout(), champion(), standing("4")) == ("4", "3", "rollout")
     assert newest_move() == ("rollout", "4", "3", "gate")
-    num_moves = len(PromotionLog(current_store()).moves("l"))
-    store = current_store()
+    num_moves = len(PromotionLog(open_store()).moves("l"))
+    store = open_store()
     promote_accepted(store, find_version(store, "l", "4"))  # its run died, and is completed again
     promote_accepted(store, version)
-    assert len(PromotionLog(current_store()).moves("l")) == num_moves
+    assert len(PromotionLog(open_store()).moves("l")) == num_moves
     parent = next_parent()
-    assert parent is not None and parent.version == "3" and find_left_behind("l") == ()
-    entries = [json.loads(current_store().get_bytes(info.key)) for info in current_store().list("promotions/l")]
+    assert parent is not None and parent.version == "3" and find_left_behind(store, "l") == ()
+    entries = [json.loads(open_store().get_bytes(info.key)) for info in open_store().list("promotions/l")]
     assert [entry.get("rollout") for entry in entries] == [None] * (num_moves - 1) + ["canary"]
-    assert find_version(current_store(), "l", "4").rollout == TERMS
+    assert find_version(open_store(), "l", "4").rollout == TERMS
 
 
 def test_a_newer_version_takes_the_place_of_the_one_in_rollout() -> None:
     begin("a")
     begin("b")
     assert (in_rollout(), standing("4")) == ("5", "left behind")
-    assert [each.version for each in find_left_behind("l")] == ["4"]
-    finish_rollout("l", **BY)
+    assert [each.version for each in find_left_behind(open_store(), "l")] == ["4"]
+    finish_rollout(open_store(), "l", **BY)
     assert (in_rollout(), champion(), newest_move()) == (None, "5", ("promoted", "5", "5", "Ada"))
 
 
 def test_a_move_of_the_champion_ends_a_rollout() -> None:
     begin("a")
-    roll_back("l", "1", **BY)
+    roll_back(open_store(), "l", "1", **BY)
     assert (in_rollout(), champion(), standing("4")) == (None, "1", "left behind")
-    promote_to("l", "3", **BY)
+    promote_to(open_store(), "l", "3", **BY)
     assert in_rollout() is None, "a rollout that ended does not come back"
 
 
 def test_a_person_or_the_rollout_rejects_the_version() -> None:
     begin("a")
-    reject_version("l", "4", **BY)
+    reject_version(open_store(), "l", "4", **BY)
     assert (in_rollout(), standing("4")) == (None, "rejected by a person")
     begin("b")
-    assert abort_rollout("l", who="rollout", why="worse").action == "rejected"
+    assert abort_rollout(open_store(), "l", who="rollout", why="worse").action == "rejected"
     assert (in_rollout(), champion(), standing("5")) == (None, "3", "rejected by its rollout")
     with pytest.raises(RegistryError, match="was rejected by its rollout"):
-        promote_to("l", "5", **BY)
+        promote_to(open_store(), "l", "5", **BY)
     for act in (abort_rollout, finish_rollout):
         with pytest.raises(RegistryError, match="No version of 'l' is tried"):
-            act("l", **BY)
+            act(open_store(), "l", **BY)
 
 
 @pytest.mark.parametrize("by_form", [False, True])
 def test_with_an_approval_the_person_begins_the_rollout(by_form: bool) -> None:
-    promote_accepted(current_store(), register("a", rollout=TERMS, needs_approval=True))
+    promote_accepted(open_store(), register("a", rollout=TERMS, needs_approval=True))
     assert (in_rollout(), standing("4")) == (None, "awaiting approval")
-    done = asyncio.run(decide("l", "4", "approve", **BY)) if by_form else promote_to("l", "4", **BY)
+    done = asyncio.run(decide("l", "4", "approve", **BY)) if by_form else promote_to(open_store(), "l", "4", **BY)
     assert (done.action, in_rollout(), champion()) == ("rollout", "4", "3")
-    assert find_version(current_store(), "l", "4").approval == "given"
-    assert check_rollout("l").decision is None, "nobody has asked it yet"
-    assert promote_to("l", "4", **BY).action == "promoted" and (in_rollout(), champion()) == (None, "4")
+    assert find_version(open_store(), "l", "4").approval == "given"
+    assert check_rollout(open_store(), "l").decision is None, "nobody has asked it yet"
+    assert promote_to(open_store(), "l", "4", **BY).action == "promoted" and (in_rollout(), champion()) == (None, "4")
 
 
 def test_the_commands_say_what_is_tried(home: Path) -> None:

@@ -28,7 +28,7 @@ from infra.predictions import read_feedback, read_predictions
 from infra.serving.prediction_log import PredictionLog
 from infra.store.keys import harvest_key
 from infra.store.local import FileStore
-from tasks.context import current_store
+from infra.store.opening import open_store
 from tasks.inbox import task_spec
 from tasks.monitoring import harvest as harvesting
 from tasks.monitoring.feedback import row_columns, take_feedback_file
@@ -59,7 +59,7 @@ def learned_home(
 def labels(home: Path, learned_home: tuple[Path, AdaptResult]) -> tuple[str, ...]:
     """The labels of clinic, in a copy of that home."""
     shutil.copytree(learned_home[0], home, dirs_exist_ok=True)
-    return tuple(harvesting.task_schemas(current_store(), "l")["clinic"].labels)
+    return tuple(harvesting.task_schemas(open_store(), "l")["clinic"].labels)
 
 
 def log_answers(
@@ -78,7 +78,7 @@ def log_answers(
         newest_task=schema.name,
         tasks=(ServedTask(schema=schema, max_prompt_tokens=64, max_new_tokens=8),),
     )
-    log = PredictionLog(current_store(), "l", keeps_texts=keeps_texts, retention_days=30)
+    log = PredictionLog(open_store(), "l", keeps_texts=keeps_texts, retention_days=30)
     log.start()
     confidences = [Confidence(each, 0.5) for each in sureness or [0.5] * len(texts)]
     answered = Answered([*texts.values()], served, "1", confidences)
@@ -89,7 +89,7 @@ def log_answers(
 
 def say(*entries: dict[str, Any]) -> None:
     """Feedback by POST /feedback."""
-    log = PredictionLog(current_store(), "l", keeps_texts=True, retention_days=30)
+    log = PredictionLog(open_store(), "l", keeps_texts=True, retention_days=30)
     log.take_feedback([read_entry(each, "", source="api", now=number).feedback for number, each in enumerate(entries)])
 
 
@@ -110,7 +110,7 @@ def deal(home: Path, *words: str) -> Any:
 
 
 def landed(key: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in current_store().get_bytes(key).decode().splitlines()]
+    return [json.loads(line) for line in open_store().get_bytes(key).decode().splitlines()]
 
 
 def clinic(labels: tuple[str, ...]) -> TaskSchema:
@@ -122,11 +122,11 @@ def test_the_newest_answer_to_a_text_counts(labels: tuple[str, ...]) -> None:
     one, two = log_answers({FINDINGS[0]: first, f" {FINDINGS[0]} ": first}, clinic(labels))
     said = [{"id": one, "label": second, "reviewer": "Jo"}, {"id": two, "label": first, "reviewer": "Jo"}]
     say(*said, {"id": two, "label": second})
-    (row,) = landed(harvest_feedback("clinic", "l").key or "")
+    (row,) = landed(harvest_feedback(open_store(), "clinic", "l").key or "")
     assert (row["finding"], row["answer_id"]) == (first, two), "what no person checked changes nothing"
     (three,) = log_answers({FINDINGS[0]: second}, clinic(labels))
     say({"id": three, "label": first, "reviewer": "Jo"})
-    assert harvest_feedback("clinic", "l").key is None, "the same right answer to the same text"
+    assert harvest_feedback(open_store(), "clinic", "l").key is None, "the same right answer to the same text"
 
 
 def test_numbers_have_nothing_to_harvest(home: Path, labels: tuple[str, ...]) -> None:
@@ -135,12 +135,12 @@ def test_numbers_have_nothing_to_harvest(home: Path, labels: tuple[str, ...]) ->
     for answer_id in (one, "f" * 32):
         file.write_text(json.dumps({"id": answer_id, "answer": "a text"}) + "\n")
         with pytest.raises(DataValidationError, match="Row 1 has an answer, and the log keeps no texts; send is_right"):
-            take_feedback_file(file, "l")
+            take_feedback_file(open_store(), file, "l")
     say({"id": one, "label": labels[0], "reviewer": "Jo"})
-    found = harvest_feedback("clinic", "l")
+    found = harvest_feedback(open_store(), "clinic", "l")
     assert (found.key, found.skipped) == (None, {harvesting.NO_TEXT: 1})
     with pytest.raises(ConfigError, match="knows no task 'bank'; it knows clinic"):
-        harvest_feedback("bank", "l")
+        harvest_feedback(open_store(), "bank", "l")
 
 
 @pytest.mark.usefixtures("home")
@@ -170,10 +170,10 @@ def test_a_crash_between_file_and_note_lands_no_row_twice_and_loses_none(
     with monkeypatch.context() as patch:
         patch.setattr(FileStore, "put_bytes", die)
         with pytest.raises(StoreError, match="the machine is off"):
-            harvest_feedback("clinic", "l")
-    assert (harvest_feedback("clinic", "l").key is None) == is_written
-    assert harvest_feedback("clinic", "l").key is None
-    (info,) = current_store().list("inbox/clinic")
+            harvest_feedback(open_store(), "clinic", "l")
+    assert (harvest_feedback(open_store(), "clinic", "l").key is None) == is_written
+    assert harvest_feedback(open_store(), "clinic", "l").key is None
+    (info,) = open_store().list("inbox/clinic")
     assert len(landed(info.key)) == 1
 
 
@@ -184,14 +184,16 @@ def test_a_damaged_note_is_named_and_a_wrong_file_is_refused_as_a_whole(
     good, wrong = {"id": one, "label": labels[0]}, {"id": one, "label": "no such label"}
     message = r"Row 2 has the label 'no such label'.*Its labels are: .*1 more rows"
     with pytest.raises(DataValidationError, match=message):
-        take_feedback_file(write_csv(tmp_path / "a.csv", good, wrong, {"id": "x", "label": "y"}, wrong, wrong), "l")
+        take_feedback_file(
+            open_store(), write_csv(tmp_path / "a.csv", good, wrong, {"id": "x", "label": "y"}, wrong, wrong), "l"
+        )
     with pytest.raises(DataValidationError, match="has no feedback"):
-        take_feedback_file(write_csv(tmp_path / "b.csv", {"id": one}), "l")
-    assert read_feedback(current_store(), "l").empty
-    take_feedback_file(write_csv(tmp_path / "c.csv", good), "l")
-    current_store().put_bytes(harvest_key("l", "clinic"), b"{")
+        take_feedback_file(open_store(), write_csv(tmp_path / "b.csv", {"id": one}), "l")
+    assert read_feedback(open_store(), "l").empty
+    take_feedback_file(open_store(), write_csv(tmp_path / "c.csv", good), "l")
+    open_store().put_bytes(harvest_key("l", "clinic"), b"{")
     with pytest.raises(StoreError, match="the note of harvested feedback, is damaged"):
-        harvest_feedback("clinic", "l")
+        harvest_feedback(open_store(), "clinic", "l")
 
 
 def test_the_least_certain_texts_are_filled_in_and_learned(
@@ -224,21 +226,21 @@ def test_the_least_certain_texts_are_filled_in_and_learned(
         writer.writerows([*filled, {"id": "f" * 32, "finding": second, "is_random": "false"}])
     taken = deal(home, "feedback", "add", str(file))
     assert (taken["num_taken"], taken["num_blank"], taken["num_unknown"]) == (3, 2, 1)
-    stored = read_feedback(current_store(), "l")
+    stored = read_feedback(open_store(), "l")
     assert stored[stored["label"] == second]["is_random"].tolist().count(True) == 1
     harvested = deal(home, "feedback", "export", "clinic")
     rows = landed(harvested["key"])
     assert {(row["note"], row["finding"]) for row in rows} == {(text, second) for text in (*drawn, least[0])}
     assert {(row["reviewed_by"], row["answered_by"]) for row in rows} == {("command", "l@1")}
-    again = harvest_feedback("clinic", "l")
+    again = harvest_feedback(open_store(), "clinic", "l")
     assert (again.key, again.num_rows, again.skipped[harvesting.KNOWN]) == (None, 0, 2)
     for log in ("predictions", "feedback"):
-        for info in [*current_store().list(f"{log}/l")]:
-            current_store().delete(info.key)
+        for info in [*open_store().list(f"{log}/l")]:
+            open_store().delete(info.key)
     log_answers(dict.fromkeys(new, first), clinic(labels))
-    left = select_to_label("clinic", "l", out=tmp_path / "more.jsonl", number=99)
+    left = select_to_label(open_store(), "clinic", "l", out=tmp_path / "more.jsonl", number=99)
     assert (left.num_rows, left.num_known) == (10, 2), "what has landed is not chosen"
-    learned = run(tiny_base, {"name": "clinic", "data": task_spec(current_store(), harvested["key"]).data})
+    learned = run(tiny_base, {"name": "clinic", "data": task_spec(open_store(), harvested["key"]).data})
     assert (learned.dataset.num_train, learned.dataset.num_rejected) == (2, 0)
 
 
@@ -247,17 +249,21 @@ def test_unlabelled_texts_of_a_file_are_answered_chosen_and_learned(tmp_path: Pa
     texts = [f"Finding {number}, {'very ' * number}sore." for number in range(8)]
     data = tmp_path / "new.jsonl"
     data.write_text("".join(json.dumps({"note": text}) + "\n" for text in (*texts, texts[0], "", frozen)))
-    every = select_to_label("clinic", "l", data=data, out=tmp_path / "every.jsonl", number=99)
+    every = select_to_label(open_store(), "clinic", "l", data=data, out=tmp_path / "every.jsonl", number=99)
     assert (every.num_rows, every.num_known, every.num_unusable) == (8, 1, 1)
     sureness = {row.values["note"]: row.values["confidence"] for row in read_rows(tmp_path / "every.jsonl")}
     assert {*sureness} == {*texts} and len({*sureness.values()}) > 1
-    some = select_to_label("clinic", "l", data=data, out=tmp_path / "some.csv", number=4, random_share=0.5)
+    some = select_to_label(
+        open_store(), "clinic", "l", data=data, out=tmp_path / "some.csv", number=4, random_share=0.5
+    )
     rows = [row.values for row in read_rows(tmp_path / "some.csv")]
     chosen = {row["note"] for row in rows}
     certain = [sureness[row["note"]] for row in rows if row["is_random"] == "false"]
     assert (some.num_rows, some.num_random) == (4, 2)
     assert len(certain) == 2 and max(certain) <= min(sureness[text] for text in texts if text not in chosen)
-    predict_file(data, lineage="l", task="clinic", version=None, out=tmp_path / "answers.jsonl", column=None)
+    predict_file(
+        open_store(), data, lineage="l", task="clinic", version=None, out=tmp_path / "answers.jsonl", column=None
+    )
     answers = {row.values["note"]: row.values["answer"] for row in read_rows(tmp_path / "answers.jsonl")}
     assert all(row["champion_answer"] == answers[row["note"]] and row["id"] == "" for row in rows)
 
@@ -267,34 +273,34 @@ def test_unlabelled_texts_of_a_file_are_answered_chosen_and_learned(tmp_path: Pa
         late.write_text(f"{done} of {total}")
 
     with pytest.raises(ConfigError, match="exists already"):
-        select_to_label("clinic", "l", data=data, out=late, on_progress=meanwhile)
+        select_to_label(open_store(), "clinic", "l", data=data, out=late, on_progress=meanwhile)
     assert late.read_text() == "8 of 8"
 
     with (tmp_path / "filled.csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, [*rows[0]])
         writer.writeheader()
         writer.writerows({**row, "finding": labels[0]} for row in rows)
-    checked = validate(*spec_to_check(tmp_path / "filled.csv", task="clinic", lineage="l"))
+    checked = validate(open_store(), *spec_to_check(open_store(), tmp_path / "filled.csv", task="clinic", lineage="l"))
     assert (checked.num_train, checked.num_rejected) == (4, 0), "the file is learned as it is"
     with pytest.raises(DataValidationError, match="Row 1 has no id of an answer"):
-        take_feedback_file(tmp_path / "filled.csv", "l")
+        take_feedback_file(open_store(), tmp_path / "filled.csv", "l")
 
 
 def test_without_texts_there_is_nothing_to_select(tmp_path: Path, labels: tuple[str, ...]) -> None:
     out = tmp_path / "x.csv"
     with pytest.raises(ConfigError, match=r"has no answers of version 1 .*DEAL_LOG_PREDICTIONS=texts.* --data FILE"):
-        select_to_label("clinic", "l", out=out)
+        select_to_label(open_store(), "clinic", "l", out=out)
     log_answers({FINDINGS[0]: labels[0]}, clinic(labels), keeps_texts=False)
     with pytest.raises(ConfigError, match=r"has no texts, only 1 rows .*DEAL_LOG_PREDICTIONS=texts.* --data FILE"):
-        select_to_label("clinic", "l", out=out)
+        select_to_label(open_store(), "clinic", "l", out=out)
     with pytest.raises(ConfigError, match="knows no task 'bank'"):
-        select_to_label("bank", "l", out=out)
+        select_to_label(open_store(), "bank", "l", out=out)
     with pytest.raises(ConfigError, match=r"\.csv or \.jsonl"):
-        select_to_label("clinic", "l", out=tmp_path / "x.parquet")
+        select_to_label(open_store(), "clinic", "l", out=tmp_path / "x.parquet")
     (one,) = log_answers({FINDINGS[1]: labels[0]}, clinic(labels))
     say({"id": one, "label": labels[0]})
     with pytest.raises(ConfigError, match="1 different texts have feedback"):
-        select_to_label("clinic", "l", out=out)
+        select_to_label(open_store(), "clinic", "l", out=out)
     assert not out.exists()
 
 
@@ -320,7 +326,7 @@ def test_corrections_of_a_task_of_preferences_are_learned_over_the_answers_that_
     tone = TaskSchema(name="tone", format="completion", metric="preference", learns_preferences=True)
     asked = {"Which tap?": "The tap.", "Which door?": "The left door."}
     tap, door = log_answers(asked, tone)
-    answers = {row["id"]: row for row in read_predictions(current_store(), "l").to_dict("records")}
+    answers = {row["id"]: row for row in read_predictions(open_store(), "l").to_dict("records")}
     first = answers[tap]
     row = row_columns(tone, first["input"], "The kitchen tap.", first["output"])
     assert row == {"prompt": "Which tap?", "chosen": "The kitchen tap.", "rejected": "The tap."}

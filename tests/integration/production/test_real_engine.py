@@ -24,8 +24,8 @@ from infra.predictions import read_feedback, read_predictions
 from infra.serving.version_files import fetch_version
 from infra.settings import HomeSettings
 from infra.store.keys import file_name
+from infra.store.opening import open_store
 from infra.versions import UNREGISTERED, Versions
-from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tests.adapting import BANK, CLINIC, evaluation_of, run
 from tests.real_engine import needs_engine
@@ -89,7 +89,7 @@ def ask(url: str, text: str = TEXTS[0]) -> httpx.Response:
 
 
 def test_openais_client_gets_the_answers_of_the_version(home: Path, engine: RealEngine) -> None:
-    store = current_store()
+    store = open_store()
     version = find_version(store, "l", "2")
     fetch_version(store, version, home / "here")
     here = load_answerer(home / "here", HomeSettings().cache_dir, precision="fp32", version="2")
@@ -174,7 +174,7 @@ def test_an_engine_that_was_killed_gets_its_adapters_again(engine: RealEngine) -
 @pytest.mark.usefixtures("home")
 def test_what_the_engine_cannot_serve_moves_nothing(base: Path, engine: RealEngine, tmp_path: Path) -> None:
     """A rank above the engine's, bytes that were changed in the store, and another base model."""
-    store = current_store()
+    store = open_store()
     champion = Versions(store).champion("l")
     assert champion is not None
     with served("l") as (url, _):

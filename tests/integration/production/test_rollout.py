@@ -16,8 +16,8 @@ from benchmarks.speed.serving import Expected, answers_of, served, texts_to_ask
 from flows.champions import rollouts
 from infra.predictions import read_feedback, read_predictions
 from infra.promotions import PromotionLog
+from infra.store.opening import open_store
 from infra.versions import Versions
-from tasks.context import current_store
 from tasks.monitoring.rollout import RolloutLook, look_at_rollout
 from tests.adapting import BANK, CLINIC, PASS, run
 
@@ -50,7 +50,7 @@ def learn(base: Path, task: dict[str, Any], kind: str, **train: Any) -> tuple[st
 
 
 def moves() -> list[tuple[str, str, str | None, str]]:
-    return [(move.action, move.version, move.champion, move.who) for move in PromotionLog(current_store()).moves("l")]
+    return [(move.action, move.version, move.champion, move.who) for move in PromotionLog(open_store()).moves("l")]
 
 
 def wait_for(check: Callable[[], bool]) -> None:
@@ -96,7 +96,7 @@ def ask_and_judge(url: str, expected: Expected, right: str) -> dict[int, str]:
         answered[user] = row["version"]
         ids.add(row["id"])
         user += 1
-    wait_for(lambda: all(ids <= set(read(current_store(), "l")["id"]) for read in (read_feedback, read_predictions)))
+    wait_for(lambda: all(ids <= set(read(open_store(), "l")["id"]) for read in (read_feedback, read_predictions)))
     return answered
 
 
@@ -127,7 +127,7 @@ def check_a_worse_canary_is_rejected_by_itself(url: str, base: Path) -> Expected
     found = look()
     assert found.decision is not None and found.decision.action == "rejected", found
     assert moves()[-2:] == [("rollout", "2", "1", "gate"), ("rejected", "2", "1", "rollout")]
-    assert "rollout" not in [alias for each in Versions(current_store()).all("l") for alias in each.aliases]
+    assert "rollout" not in [alias for each in Versions(open_store()).all("l") for alias in each.aliases]
     wait_for(lambda: tried(url) is None)
     assert {ask_as(url, user, TEXTS[0])["version"] for user in answered} == {"1"}
     assert asyncio.run(rollouts()) == []
@@ -147,7 +147,7 @@ def check_a_better_canary_is_promoted(url: str, base: Path, before: Expected) ->
 
 
 def check_a_shadow_changes_no_answer_and_the_log_has_both(url: str, base: Path) -> None:
-    champion = Versions(current_store()).champion("l")
+    champion = Versions(open_store()).champion("l")
     assert champion is not None
     body = {"dataframe_records": [{"input": text} for text in TEXTS]}  # the task that the champion learned last
 
@@ -161,13 +161,13 @@ def check_a_shadow_changes_no_answer_and_the_log_has_both(url: str, base: Path) 
     assert answers() == before
 
     def logged() -> Any:
-        return read_predictions(current_store(), "l", version=version, of_rollout=True)
+        return read_predictions(open_store(), "l", version=version, of_rollout=True)
 
     wait_for(lambda: len(logged()) == len(TEXTS))
-    everything = read_predictions(current_store(), "l")
+    everything = read_predictions(open_store(), "l")
     twins = everything.set_index("id").loc[logged()["shadow_of"]]
     assert set(twins["version"]) == {champion.version} and [*twins["input_sha256"]] == [*logged()["input_sha256"]]
     assert version not in set(everything["version"]), "no other reader sees what was not returned"
-    found = look_at_rollout("l").report
+    found = look_at_rollout(open_store(), "l").report
     assert found is not None and found.num_pairs == len(TEXTS) and found.candidate.num_failed == 0
     assert found.agreement is None or 0 <= found.agreement < 1

@@ -49,9 +49,9 @@ from infra.serving.champion import NoChampionError
 from infra.serving.run import serve
 from infra.settings import HomeSettings, TrackingSettings
 from infra.store.keys import adapter_uri, file_name
+from infra.store.opening import open_store
 from infra.tracking.client import global_address
 from infra.versions import UNREGISTERED, Versions
-from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
 from tasks.lineage.version_files import borrowed_adapter
@@ -84,14 +84,14 @@ def state(url: str) -> dict[str, str | None]:
 
 def register_again(version: str, run_key: str, **changes: Any) -> str:
     """Register a further version of the same files; return its number."""
-    known = find_version(current_store(), LINEAGE, version)
+    known = find_version(open_store(), LINEAGE, version)
     again = known.model_copy(update={"version": UNREGISTERED, "run_key": run_key, **changes})
-    return Versions(current_store()).register(again).version
+    return Versions(open_store()).register(again).version
 
 
 def register_damaged() -> str:
     """Register a version one of whose files has other bytes in the store than it had."""
-    store, uri = current_store(), adapter_uri(LINEAGE, "damaged")
+    store, uri = open_store(), adapter_uri(LINEAGE, "damaged")
     for info in store.list(find_version(store, LINEAGE, "2").adapter_uri):
         store.put_bytes(f"{uri}/{file_name(info.key)}", store.get_bytes(info.key))
     store.put_bytes(f"{uri}/{WEIGHTS_FILE}", b"other bytes")
@@ -105,7 +105,7 @@ def test_deal_serve_moves_with_the_champion_fails_no_request_and_logs_every_answ
     make_champion("2")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("DEAL_LOG_PREDICTIONS", "numbers")
-    store = current_store()
+    store = open_store()
     with served() as (url, process):
         asked = answers_with_feedback(url, versions["2"])
         num_asked = len(TEXTS) + check_the_champion_is_followed(url, versions) + check_requests(url)
@@ -168,7 +168,7 @@ def check_the_champion_is_followed(url: str, versions: Expected) -> int:
 
 def check_the_log_has_the_answers_and_no_word(asked: list[dict[str, Any]]) -> None:
     """The log of a killed server. It keeps numbers."""
-    store, home = current_store(), HomeSettings().home
+    store, home = open_store(), HomeSettings().home
     everything = read_predictions(store, LINEAGE, task="bank")
     assert set(everything["version"]) == {"1", "2"} and everything["input"].isna().all()
     assert everything["confidence"].between(0, 1).all() and (everything["label_mass"] > 0).all()
@@ -214,12 +214,12 @@ def test_a_lineage_that_does_not_exist_has_no_log(home: Path, monkeypatch: pytes
     monkeypatch.setenv("DEAL_LOG_PREDICTIONS", "numbers")
 
     def begin(lineage: str) -> None:
-        store = current_store()
+        store = open_store()
         serve(store, lineage, home, host="127.0.0.1", port=0, trusted_hosts=(), say=print, ready=lambda *_: None)
 
     with pytest.raises(NoChampionError):
         begin("nobody")
-    assert not list(current_store().list("predictions"))
+    assert not list(open_store().list("predictions"))
     with pytest.raises(ConfigError, match="The lineage is"):
         begin("../../data")
 
@@ -358,7 +358,7 @@ def loaded(folder: Path) -> Answerer:
 def registered_folder(version: str, tmp_path: Path) -> Path:
     """A version as somebody gets it who reads MLflow alone."""
     make_champion(version)
-    sync_lineage(current_store(), LINEAGE)
+    sync_lineage(open_store(), LINEAGE)
     with global_address(TrackingSettings().tracking_uri):
         return Path(download_artifacts(artifact_uri=f"models:/{LINEAGE}@champion", dst_path=str(tmp_path / version)))
 
@@ -372,14 +372,14 @@ def test_the_registrys_folder_loads_with_peft_alone(versions: Expected, tiny_bas
         untouched = plain(**tokens).logits
         found = PeftModel.from_pretrained(plain, str(folder)).eval()(**tokens).logits
         base = load_base(str(tiny_base), HomeSettings().cache_dir, precision="fp32")
-        second = find_version(current_store(), LINEAGE, "2")
-        with borrowed_adapter(current_store(), second) as own, adapter_on(base.model, own) as model:
+        second = find_version(open_store(), LINEAGE, "2")
+        with borrowed_adapter(open_store(), second) as own, adapter_on(base.model, own) as model:
             wanted = model(**tokens).logits
     assert torch.allclose(found, wanted, atol=1e-4) and not torch.allclose(found, untouched, atol=1e-2)
 
 
 def test_the_registrys_folder_says_what_it_is_and_holds_no_row(versions: Expected, tmp_path: Path) -> None:
-    info = find_version(current_store(), LINEAGE, "2")
+    info = find_version(open_store(), LINEAGE, "2")
     folder = registered_folder("2", tmp_path)
     names = {path.name for path in folder.iterdir()}
     assert names == {
@@ -396,7 +396,7 @@ def test_the_registrys_folder_says_what_it_is_and_holds_no_row(versions: Expecte
         "registered_model_meta",
     }
     card = (folder / "README.md").read_text()
-    record = read_record(current_store(), info)
+    record = read_record(open_store(), info)
     digests = [known.test_uris[0].split("/")[2] for known in record.tasks]
     assert all(len(digest) == 64 for digest in digests) and info.dataset_sha256 in digests
     facts = (info.base_sha256, info.dataset_sha256, "continues version 1", "| bank | clinic |", "- licence: ")

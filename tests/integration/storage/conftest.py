@@ -19,7 +19,7 @@ from deal_core.strategies.rehearsal import RehearsedRow
 from flows.adapt_result import AdaptResult
 from flows.gc import GcResult, gc
 from infra.serving.prediction_log import PredictionLog
-from tasks.context import current_store
+from infra.store.opening import open_store
 from tests.adapting import BANK, run
 from tests.conftest import MakeOnce
 from tests.served import Champion
@@ -47,7 +47,7 @@ def first(copy_to_home: Callable[[Path], Path], kept_home: Path) -> AdaptResult:
 
 def land() -> dict[str, Any]:
     """Put the bank's rows and its test rows into the inbox; return the task."""
-    store = current_store()
+    store = open_store()
     bad = json.dumps({"text": "", "label": f"lost card {SECRET}"}) + "\n"
     good = json.dumps({"text": f"My card {SECRET} was lost abroad.", "label": "lost card"}) + "\n"
     store.put_bytes("inbox/bank/may.jsonl", (Path(BANK["data"]).read_text() + good + bad).encode())
@@ -60,13 +60,13 @@ def collect(*arguments: Any, **options: Any) -> GcResult:
 
 
 def keys(prefix: str) -> list[str]:
-    return [info.key for info in current_store().list(prefix)]
+    return [info.key for info in open_store().list(prefix)]
 
 
 @contextmanager
 def logging(texts: list[str]) -> Iterator[list[str]]:
     """Log an answer of lineage l to each text, with feedback; yield their ids. They are stored after the block."""
-    log = PredictionLog(current_store(), "l", keeps_texts=True, retention_days=30)
+    log = PredictionLog(open_store(), "l", keeps_texts=True, retention_days=30)
     champion = Champion(log)
     log.start()
     ids = [*asyncio.run(champion.ask([InputRow(text, "bank") for text in texts])).ids]

@@ -19,8 +19,8 @@ from deal_core.errors import DealError, IntegrityError, StoreError
 from deal_pipeline.cli.app import app
 from deal_pipeline.server.status import Status, read_status
 from infra.run_journal import RunJournal
+from infra.store.opening import open_store
 from infra.versions import Versions
-from tasks.context import current_store
 from tasks.lineage.promotion import roll_back
 from tasks.lineage.record import read_record
 from tasks.predict import predict
@@ -49,11 +49,11 @@ pytestmark = pytest.mark.usefixtures("prefect_api")
 @pytest.fixture
 def adapters(copied_home: Path) -> dict[str, Path]:
     """The folders of the versions' adapters, in a copy of the home."""
-    return {each.version: copied_home / "store" / each.adapter_uri for each in Versions(current_store()).all("l")}
+    return {each.version: copied_home / "store" / each.adapter_uri for each in Versions(open_store()).all("l")}
 
 
 def ask(version: str | None = None) -> str:
-    return predict("Where is my card?", lineage="l", task=None, version=version).version
+    return predict(open_store(), "Where is my card?", lineage="l", task=None, version=version).version
 
 
 def look(home: Path) -> Status:
@@ -90,7 +90,7 @@ def test_a_damaged_champion_is_named_and_the_lineage_can_go_back(
     assert exit_code_of_status() == 1
     with pytest.raises(DealError, match=r"adapter_model\.safetensors, a file of version 3.* is damaged"):
         run(tiny_base, BANK, again=True)
-    assert roll_back("l", "1", **BY).champion == "1"
+    assert roll_back(open_store(), "l", "1", **BY).champion == "1"
     assert ask() == "1" and look(home).damaged == ()
     assert run(tiny_base, BANK, again=True).version == "4"
 
@@ -122,7 +122,7 @@ def swap_answers(path: Path) -> None:
 @pytest.fixture
 def datasets(copied_home: Path) -> dict[str, Path]:
     """The folders of the datasets that judge the champion, by task."""
-    record = read_record(current_store(), Versions(current_store()).all("l")[-1])
+    record = read_record(open_store(), Versions(open_store()).all("l")[-1])
     return {known.schema.name: copied_home / "store" / known.test_uris[0] for known in record.tasks}
 
 
@@ -176,7 +176,7 @@ def test_a_changed_record_answers_trains_and_exports_nothing(
 ) -> None:
     record = adapters["3"] / "record.json"
     record.write_text(record.read_text().replace("What is it about?", "What is it abaut?"))
-    export = partial(export_version, "l", "3", to="merged", target=str(home / "out"))
+    export = partial(export_version, open_store(), "l", "3", to="merged", target=str(home / "out"))
     for use in (ask, partial(run, tiny_base, BANK, again=True), export):
         with pytest.raises(IntegrityError) as refused:
             use()
@@ -209,8 +209,8 @@ def test_altered_test_rows_are_not_scored_and_nothing_is_trained_before_that_is_
     for task in (BANK, CLINIC):
         with pytest.raises(DealError, match=said):
             run(tiny_base, task, again=True)
-    assert len(RunJournal(current_store()).all("l")) == 3, "no run was begun"
-    assert ask() == "3" and [each.version for each in Versions(current_store()).all("l")] == ["1", "2", "3"]
+    assert len(RunJournal(open_store()).all("l")) == 3, "no run was begun"
+    assert ask() == "3" and [each.version for each in Versions(open_store()).all("l")] == ["1", "2", "3"]
 
 
 def test_the_status_lists_every_lineage_of_the_store_and_notices_a_champion_that_is_gone(
@@ -224,12 +224,12 @@ def test_the_status_lists_every_lineage_of_the_store_and_notices_a_champion_that
         ("l", "3", None),
     ]
     assert [each.rejected for each in found.lineages] == [None, None]
-    last = Versions(current_store()).all("l")[-1]
+    last = Versions(open_store()).all("l")[-1]
     rejected = {"version": "4", "run_key": "4" * 64, "accepted": False, "reasons": ("bank fell by 20 points.",)}
-    entry = put_version(current_store(), last.model_copy(update=rejected))
+    entry = put_version(open_store(), last.model_copy(update=rejected))
     assert look(home).lineages[1].rejected == "version 4 (clinic) was rejected: bank fell by 20 points."
     for key in (entry, "versions/l/00000003.json"):
-        current_store().delete(key)
+        open_store().delete(key)
     found = look(home)
     assert [(each.lineage, each.champion) for each in found.lineages] == [("watched", None), ("l", None)]
     (problem,) = found.damaged

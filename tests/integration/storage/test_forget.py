@@ -24,7 +24,7 @@ from infra.deleted_inputs import UnknownRows
 from infra.log_batches import BATCH_SECONDS
 from infra.predictions import read_feedback, read_predictions
 from infra.store.keys import report_key
-from tasks.context import current_store
+from infra.store.opening import open_store
 from tasks.housekeeping.arrivals import find_arrival
 from tasks.lineage.history import find_version
 from tasks.lineage.promotion import roll_back
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
 def test_nothing_is_forgotten_while_a_version_or_a_journal_is_damaged(first: AdaptResult, home: Path) -> None:
     """Not even the tombstone is written: it would refuse rows that nobody has forgotten."""
-    store = current_store()
+    store = open_store()
     for entry in ("versions/l/00000001.json", f"runs/l/{first.run_key[:16]}.json"):
         whole = store.get_bytes(entry)
         store.put_bytes(entry, whole[:-20])
@@ -56,9 +56,9 @@ def test_nothing_is_forgotten_while_a_version_or_a_journal_is_damaged(first: Ada
 def test_damaged_rows_are_deleted_and_the_result_names_them(
     first: AdaptResult, home: Path, damage: Callable[[bytes], bytes]
 ) -> None:
-    store, tests = current_store(), f"{first.dataset.uri}/test.parquet"
+    store, tests = open_store(), f"{first.dataset.uri}/test.parquet"
     store.put_bytes(tests, damage(store.get_bytes(tests)))
-    assert plan_forget(first.dataset.sha256).unknown == (), "the files in the inbox have the same rows"
+    assert plan_forget(store, first.dataset.sha256).unknown == (), "the files in the inbox have the same rows"
     store.delete("inbox/bank/test.jsonl")
     done = asyncio.run(forget(first.dataset.sha256))
     rows = UnknownRows(
@@ -79,10 +79,10 @@ def test_a_second_deletion_names_the_arrival_by_its_key_and_finds_what_was_logge
     logged([text, "Something else."])
     asyncio.run(forget("inbox/bank/may.jsonl"))
     logged([text])
-    assert not holding(home, SECRET) and len(read_predictions(current_store(), "l")) == 2
+    assert not holding(home, SECRET) and len(read_predictions(open_store(), "l")) == 2
     again = asyncio.run(forget("inbox/bank/may.jsonl"))
     assert [each.kind for each in again.plan.held] == ["logged answers"] and again.plan.unknown == ()
-    assert len(read_predictions(current_store(), "l")) == 1
+    assert len(read_predictions(open_store(), "l")) == 1
     assert again.tombstone.sha256 == first.dataset.sha256
 
 
@@ -90,7 +90,7 @@ def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
     tiny_base: Path, home: Path, tmp_path: Path
 ) -> None:
     first, second = run(tiny_base, land()), run(tiny_base, CLINIC)
-    store = current_store()
+    store = open_store()
     with borrowed_adapter(store, find_version(store, "l", "2"), with_method=True) as folder:
         kept = load_method_state(folder).kept_rows
     mine, others = (unpack(kept[rows_name(task)]) for task in ("bank", "clinic"))
@@ -107,7 +107,7 @@ def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
     texts.parent.mkdir(parents=True)
     texts.write_text(SECRET)
 
-    plan = plan_forget(first.dataset.sha256[:8])
+    plan = plan_forget(store, first.dataset.sha256[:8])
     assert [(each.version, each.is_direct, each.aliases) for each in plan.learned] == [
         ("1", True, ("previous",)),
         ("2", False, ("challenger", "champion")),
@@ -147,7 +147,7 @@ def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
     task = land()
     with pytest.raises(DataValidationError, match=r"forgotten on .* \(the customer asked\)"):
         run(tiny_base, task)
-    told = validate(*spec_to_check(task["data"], task="bank", test_data=task["test_data"], lineage="l"))
+    told = validate(store, *spec_to_check(store, task["data"], task="bank", test_data=task["test_data"], lineage="l"))
     assert not told.accepted and "forgotten on" in (told.refusal or ""), "as the run says"
     assert keys("datasets/bank") == []
     scores = asyncio.run(evaluate("l"))
@@ -174,7 +174,7 @@ def _judged_anew(tiny_base: Path, tmp_path: Path, before: AdaptResult, unjudged:
     assert set(asyncio.run(evaluate("l")).unjudged) == set(unjudged)
     places = [record.matrix.tasks.index(task) for task in unjudged]
     assert all(record.matrix.rows[2][place] == record.matrix.rows[1][place] for place in places)
-    notes = json.loads(current_store().get_bytes(report_key("l", third.run_key, "evaluation.json")))["notes"]
+    notes = json.loads(open_store().get_bytes(report_key("l", third.run_key, "evaluation.json")))["notes"]
     assert sum("was not judged" in note for note in notes) == len(unjudged)
 
 
@@ -205,8 +205,8 @@ def test_the_log_forgets_an_arrivals_rows_and_keeps_the_others(
     monkeypatch.setattr("flows.forget.BATCH_SECONDS", 0.0)  # no server answers; the next test has one
     test_row = json.loads(Path(BANK["test_data"]).read_text().splitlines()[0])["text"]
     mine, _, other = logged([f"My  card {SECRET} was lost abroad. ", test_row, "Something else."])
-    store = current_store()
-    plan = plan_forget(first.dataset.sha256)
+    store = open_store()
+    plan = plan_forget(store, first.dataset.sha256)
     (held,) = (each for each in plan.held if each.kind == "logged answers")
     assert held.address == "2 rows of predictions/l" and plan.unknown == ()
     assert SECRET not in plan.model_dump_json() and len(read_predictions(store, "l")) == 3
@@ -237,20 +237,20 @@ def test_answers_that_a_server_has_not_stored_yet_are_forgotten(
     monkeypatch.setattr(asyncio, "sleep", sleep_while_the_server_stores)
     asyncio.run(forget(first.dataset.sha256))
     stack.close()
-    store = current_store()
+    store = open_store()
     assert len(read_predictions(store, "l")) == len(read_feedback(store, "l")) == 1 and not holding(home, SECRET)
 
 
 def test_a_test_file_alone_does_not_tell_the_training_rows(first: AdaptResult) -> None:
-    store = current_store()
-    assert plan_forget(first.dataset.sha256).unknown == ()
+    store = open_store()
+    assert plan_forget(store, first.dataset.sha256).unknown == ()
     training = store.get_bytes("inbox/bank/may.jsonl")
     store.delete("inbox/bank/may.jsonl")
-    (rows,) = plan_forget(first.dataset.sha256).unknown
+    (rows,) = plan_forget(store, first.dataset.sha256).unknown
     assert (rows.file, rows.num_rows, rows.why) == ("train.parquet", first.dataset.num_train, "gone")
     store.put_bytes("inbox/bank/copy.jsonl", training)
     store.delete("inbox/bank/test.jsonl")
-    assert plan_forget(first.dataset.sha256).unknown == (), "a copy of the file has them too"
+    assert plan_forget(store, first.dataset.sha256).unknown == (), "a copy of the file has them too"
 
 
 @pytest.mark.nightly
@@ -261,7 +261,7 @@ def test_forgotten_test_rows_do_not_come_back_with_another_file(tiny_base: Path,
         path.write_text("".join(f'{{"text": "{path.name} {number}", "label": "lost card"}}\n' for number in range(9)))
     task = {**land(), "data": str(june)}
     assert run(tiny_base, task).version == "2"
-    roll_back("l", "1", who="tester", why="a test")
+    roll_back(open_store(), "l", "1", who="tester", why="a test")
     asyncio.run(forget("inbox/bank/may.jsonl"))
     land()
     with pytest.raises(ForgottenRowsError, match="These test rows of 'bank' were forgotten on"):
@@ -304,7 +304,7 @@ def test_the_same_file_split_otherwise_in_another_lineage_is_forgotten_with_it(
     )
     assert len(holding(home, SECRET)) >= 5
 
-    plan = plan_forget(named.dataset.sha256)
+    plan = plan_forget(open_store(), named.dataset.sha256)
     assert {(each.lineage, each.version) for each in plan.learned} == {("l", "1"), ("m", "2"), ("n", "1")}
     assert plan.unjudged == ("l", "n") and plan.shared_with == ()
     done = asyncio.run(forget(named.dataset.sha256))
@@ -325,11 +325,11 @@ def test_the_same_file_split_otherwise_in_another_lineage_is_forgotten_with_it(
 @pytest.mark.parametrize("named", ["0123456789", "inbox/bank/june.jsonl", "june.jsonl", "abc"])
 def test_what_names_no_arrival_is_refused(first: AdaptResult, named: str) -> None:
     with pytest.raises(ConfigError):
-        find_arrival(current_store(), named)
+        find_arrival(open_store(), named)
 
 
 def test_a_refused_file_is_forgotten_by_its_key(tiny_base: Path) -> None:
-    store = current_store()
+    store = open_store()
     store.put_bytes("inbox/bank/bad.jsonl", (json.dumps({"text": "", "label": SECRET}) + "\n").encode() * 3)
     task = {"name": "bank", "data": store.uri_of("inbox/bank/bad.jsonl")}
     with pytest.raises(DataValidationError):
@@ -346,7 +346,7 @@ def test_a_refused_file_is_forgotten_by_its_key(tiny_base: Path) -> None:
 
 def land_folder() -> dict[str, Any]:
     """Put the rows of `land` into the inbox as a folder of three files; return the task."""
-    task, store = land(), current_store()
+    task, store = land(), open_store()
     lines = store.get_bytes("inbox/bank/may.jsonl").splitlines(keepends=True)
     store.delete("inbox/bank/may.jsonl")
     for number, part in enumerate((lines[:9], lines[9:12], lines[12:])):
@@ -358,21 +358,21 @@ def land_folder() -> dict[str, Any]:
 
 @pytest.mark.nightly
 def test_a_file_of_a_folder_names_the_whole_arrival(tiny_base: Path, home: Path) -> None:
-    store = current_store()
+    store = open_store()
     result = run(tiny_base, land_folder())
     (bad,) = map(json.loads, store.get_bytes(str(result.dataset.quarantine)).splitlines())
     assert (bad["file"], bad["reason"]) == ("may/part-2.jsonl", "empty text")
     part = store.get_bytes("inbox/bank/may/part-1.jsonl")
     store.delete("inbox/bank/may/part-1.jsonl")
-    (rows,) = plan_forget("inbox/bank/may").unknown
+    (rows,) = plan_forget(store, "inbox/bank/may").unknown
     assert rows.file == "train.parquet", "a part of the folder does not have them all"
     store.put_bytes("inbox/bank/may/part-1.jsonl", part)
     whole = run(tiny_base, land())
     assert (whole.status, whole.run_key) == ("repeat", result.run_key), "the same rows in one file"
     store.delete("inbox/bank/may.jsonl")
 
-    plan = plan_forget("inbox/bank/may/part-1.jsonl")
-    assert plan == plan_forget("inbox/bank/may/") == plan_forget("inbox/bank/may")
+    plan = plan_forget(store, "inbox/bank/may/part-1.jsonl")
+    assert plan == plan_forget(store, "inbox/bank/may/") == plan_forget(store, "inbox/bank/may")
     assert (plan.sha256, len(plan.files), plan.unknown) == (result.dataset.sha256, 5, ())
     asyncio.run(forget("inbox/bank/may/part-1.jsonl"))
     assert holding(home, SECRET) == [] == keys("inbox/bank")
@@ -383,7 +383,7 @@ def test_a_file_of_a_folder_names_the_whole_arrival(tiny_base: Path, home: Path)
 
 
 def test_the_bad_rows_of_files_that_were_refused_together_are_forgotten_by_each_file(tiny_base: Path) -> None:
-    store, addresses = current_store(), []
+    store, addresses = open_store(), []
     for name in ("a", "b", "c"):
         store.put_bytes(f"inbox/bank/{name}.jsonl", (json.dumps({"text": "", "label": name + SECRET}) + "\n").encode())
         addresses.append(store.uri_of(f"inbox/bank/{name}.jsonl"))

@@ -20,8 +20,8 @@ from flows.forget import ForgetResult, forget, plan_forget
 from flows.lock import lock_lineage
 from infra.lineage_state import EndedArrival, note_ended
 from infra.store.local import FileStore
+from infra.store.opening import open_store
 from tasks.adaptation.ingest import ingest as ingest_rows
-from tasks.context import current_store
 from tasks.inbox import look
 from tasks.lineage.tombstones import ForgottenRowsError
 from tasks.progress import LogReporter, reporting_to
@@ -38,17 +38,17 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
 def land(*, labels: tuple[str, str] = ("a", "b")) -> TaskSpec:
     rows = [{"text": f"message {number}", "label": labels[number % 2]} for number in range(60)]
-    current_store().put_bytes(KEY, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    return TaskSpec(name="bank", data=current_store().uri_of(KEY), labels=LABELS["labels"])
+    open_store().put_bytes(KEY, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return TaskSpec(name="bank", data=open_store().uri_of(KEY), labels=LABELS["labels"])
 
 
 def stored(*folders: str) -> list[str]:
-    return [info.key for folder in folders for info in current_store().list(folder)]
+    return [info.key for folder in folders for info in open_store().list(folder)]
 
 
 def ingest(arrival: TaskSpec, lineage: str, *, again: bool = False) -> DatasetRef:
     with reporting_to(LogReporter()):  # without it, all later tests of the process would share its stop
-        return ingest_rows(arrival, DataConfig(), None, lineage, again)
+        return ingest_rows(open_store(), arrival, DataConfig(), None, lineage, again)
 
 
 def forget_file() -> ForgetResult:
@@ -93,7 +93,7 @@ def test_rows_of_a_run_that_is_killed_while_it_stores_them_are_forgotten(monkeyp
     upload, is_killed, num_deaths = FileStore.upload_file, True, 0
     while is_killed:
         arrival, left = land(), num_deaths
-        current_store().put_bytes(KEY, current_store().get_bytes(KEY) + b'{"text": "", "label": "a"}\n')
+        open_store().put_bytes(KEY, open_store().get_bytes(KEY) + b'{"text": "", "label": "a"}\n')
 
         def die(store: FileStore, local: Path, key: str) -> None:
             nonlocal left
@@ -155,14 +155,14 @@ def test_a_file_that_took_the_place_of_a_learned_one_is_not_forgotten_by_its_key
     copy_to_home: Callable[[Path], Path], three_versions: Path
 ) -> None:
     copy_to_home(three_versions)
-    store = current_store()
+    store = open_store()
     store.put_bytes(KEY, Path(BANK["data"]).read_bytes())
     (info,) = look(store).arrivals
     end = EndedArrival(
         etag=info.etag, written=info.written, outcome="promoted", message="", version="1", at=datetime.now(UTC)
     )
     note_ended(store, "l", {KEY: end})
-    learned = plan_forget(KEY)
+    learned = plan_forget(store, KEY)
     assert {each.kind for each in learned.held} >= {"inbox file", "test rows"}
     assert [each.version for each in learned.learned][:1] == ["1"]
 

@@ -18,8 +18,8 @@ from deal_pipeline.cli.app import app
 from flows.adapt_result import AdaptResult
 from infra.predictions import read_feedback, read_predictions
 from infra.store.keys import log_key
+from infra.store.opening import open_store
 from infra.versions import Versions
-from tasks.context import current_store
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.history import find_version
 from tasks.predict import predict
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
 def test_training_rows_stay_only_where_an_arrival_asks_for_it(tiny_base: Path, first: AdaptResult) -> None:
     train = f"{first.dataset.uri}/train.parquet"
-    store = current_store()
+    store = open_store()
     assert not store.exists(train) and store.exists(f"{first.dataset.uri}/test.parquet")
     test_rows = store.get_bytes(f"{first.dataset.uri}/test.parquet")
     assert run(tiny_base, land()).status == "repeat"
@@ -47,7 +47,7 @@ def test_training_rows_stay_only_where_an_arrival_asks_for_it(tiny_base: Path, f
 def test_lineages_that_ask_otherwise_about_the_same_rows_both_stay_right(tiny_base: Path, first: AdaptResult) -> None:
     other = run(tiny_base, {**land(), "instruction": "Which one?"}, lineage="m")
     assert other.dataset.sha256 == first.dataset.sha256 and other.dataset.uri != first.dataset.uri
-    store = current_store()
+    store = open_store()
     asked = [read_manifest(store, result.dataset.uri).task.instruction for result in (first, other)]
     assert asked == ["What is it about?", "Which one?"]
     uris = [record_of(result).tasks[0].test_uris[0] for result in (first, other)]
@@ -56,7 +56,7 @@ def test_lineages_that_ask_otherwise_about_the_same_rows_both_stay_right(tiny_ba
 
 def test_gc_removes_exactly_what_its_dry_run_says(tiny_base: Path, first: AdaptResult, home: Path) -> None:
     rejected = run(tiny_base, CLINIC, gate=FAIL)
-    store = current_store()
+    store = open_store()
     store.put_bytes("adapters/l/0123456789abcdef/adapter_config.json", b"{}")
     assert not store.exists(f"{rejected.dataset.uri}/train.parquet")
     store.put_bytes(f"{rejected.dataset.uri}/train.parquet", b"left by a crash")
@@ -88,14 +88,14 @@ def test_gc_removes_exactly_what_its_dry_run_says(tiny_base: Path, first: AdaptR
     assert kept.since.adapter_removed is None and removed.since.adapter_removed == f"{datetime.now(UTC):%Y-%m-%d}"
     with pytest.raises(RegistryError, match="adapter of version 2 of 'l' was removed on"):
         find_version(store, "l", "2")
-    assert predict("hello", lineage="l", task=None, version=None).version == "1"
+    assert predict(store, "hello", lineage="l", task=None, version=None).version == "1"
 
 
 def test_a_lineage_with_a_problem_does_not_keep_gc_from_the_others(
     first: AdaptResult, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a damaged or missing entry, nobody can say which adapters are needed."""
-    store, entry = current_store(), "versions/l/00000001.json"
+    store, entry = open_store(), "versions/l/00000001.json"
     whole = store.get_bytes(entry)
     store.put_bytes(entry, b"{")
     store.put_bytes("adapters/m/0123456789abcdef/adapter_config.json", b"{}")
@@ -125,8 +125,8 @@ def test_what_cannot_be_removed_keeps_gc_from_nothing_else(home: Path, monkeypat
         left.mkdir(parents=True)
         os.utime(left, (0, 0))
     monkeypatch.setenv("DEAL_LOG_RETENTION_DAYS", "10")
-    current_store().put_bytes(log_key("predictions", "l", datetime.now(UTC) - timedelta(days=20)), b"")
-    current_store().put_bytes("predictions/l/aside/broken.parquet", b"no batch")
+    open_store().put_bytes(log_key("predictions", "l", datetime.now(UTC) - timedelta(days=20)), b"")
+    open_store().put_bytes("predictions/l/aside/broken.parquet", b"no batch")
     remove = shutil.rmtree
 
     def refuse(path: object, **options: object) -> None:
@@ -148,7 +148,7 @@ def test_gc_refuses_what_it_cannot_mean(first: AdaptResult, lineage: str, age: s
 
 @pytest.mark.usefixtures("first")
 def test_gc_removes_logs_beyond_the_retention_and_no_younger_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = current_store()
+    store = open_store()
     logged(["one"])
     assert len(read_predictions(store, "l")) == len(read_feedback(store, "l")) == 1
     (young,), (said,) = keys("predictions"), keys("feedback")
@@ -177,5 +177,5 @@ def test_gc_joins_the_batches_of_a_lineage_that_no_run_works_on(home: Path) -> N
     done = collect("l")
     assert not done.removals and len(batches) == 4
     assert [len(keys(log)) for log in logs] == [1, 1] and not {*batches} & {*keys("predictions"), *keys("feedback")}
-    store = current_store()
+    store = open_store()
     assert [*read_predictions(store, "l")["id"]] == ids and {*read_feedback(store, "l")["id"]} == {*ids}

@@ -13,8 +13,8 @@ import pytest
 from flows.forget import forget
 from flows.gc import gc
 from infra.settings import StoreSettings
+from infra.store.opening import open_store
 from infra.store.s3 import S3Store
-from tasks.context import current_store
 from tasks.mlflow_mirror import sync_lineage
 from tests.adapting import BANK, CLINIC, FAIL, run
 
@@ -36,7 +36,7 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> S3Store:
     for name, value in settings.items():
         monkeypatch.setenv(f"DEAL_{name}", value)
     S3Store("team", "store", StoreSettings()).client.create_bucket(Bucket="team")
-    store = current_store()
+    store = open_store()
     assert isinstance(store, S3Store)
     return store
 

@@ -27,7 +27,7 @@ import infra.store.s3
 from deal_core.errors import ConfigError, StoreError
 from infra.settings import StoreSettings
 from infra.store.base import ObjectNotFoundError, ObjectStore
-from infra.store.local import open_store
+from infra.store.opening import store_at
 from infra.store.s3 import PROBE, S3Store, make_client
 from tasks.housekeeping.garbage import old_temporaries, remove
 from tests.s3 import ThreadedMotoServer, put_in_two_steps
@@ -56,7 +56,7 @@ def settings_for(url: str, key: str | None, secret: str | None) -> StoreSettings
 
 @pytest.fixture
 def s3_store(s3_settings: StoreSettings) -> S3Store:
-    store = open_store(f"s3://bucket-{uuid.uuid4().hex}/team/store", s3_settings)
+    store = store_at(f"s3://bucket-{uuid.uuid4().hex}/team/store", s3_settings)
     assert isinstance(store, S3Store)
     store.client.create_bucket(Bucket=store.bucket)
     return store
@@ -67,7 +67,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
     if request.param == "s3":
         found: ObjectStore = request.getfixturevalue("s3_store")
         return found
-    return open_store((tmp_path / "a store").as_uri())
+    return store_at((tmp_path / "a store").as_uri())
 
 
 def keys(store: ObjectStore, prefix: str = "") -> list[str]:
@@ -371,14 +371,14 @@ def test_objects_that_others_put_under_odd_keys_are_skipped(
 def test_a_missing_bucket_and_a_dead_server_are_told_apart(s3_settings: StoreSettings, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x")
     for attempt in (
-        lambda: open_store("s3://no-such-bucket", s3_settings).put_bytes("a", b"x"),
-        lambda: open_store("s3://no-such-bucket", s3_settings).upload_file(tmp_path / "file", "a"),
+        lambda: store_at("s3://no-such-bucket", s3_settings).put_bytes("a", b"x"),
+        lambda: store_at("s3://no-such-bucket", s3_settings).upload_file(tmp_path / "file", "a"),
     ):
         with pytest.raises(StoreError, match=r"NoSuchBucket; make the bucket first"):
             attempt()
     nowhere = s3_settings.model_copy(update={"s3_endpoint_url": "http://127.0.0.1:9"})
     with pytest.raises(StoreError, match=r"127\.0\.0\.1:9.*check address and network"):
-        open_store("s3://bucket", nowhere).get_bytes("a")
+        store_at("s3://bucket", nowhere).get_bytes("a")
 
 
 def test_a_denied_access_is_told_apart_and_shows_no_key(
@@ -404,7 +404,7 @@ def test_a_denied_access_is_told_apart_and_shows_no_key(
 
 
 def test_two_prefixes_of_one_bucket_are_two_stores(s3_store: S3Store, s3_settings: StoreSettings) -> None:
-    other = open_store(f"s3://{s3_store.bucket}/team/store2", s3_settings)
+    other = store_at(f"s3://{s3_store.bucket}/team/store2", s3_settings)
     s3_store.put_bytes("a", b"1")
     other.put_bytes("a", b"2")
     assert (s3_store.get_bytes("a"), other.get_bytes("a")) == (b"1", b"2")

@@ -12,7 +12,7 @@ import pytest
 from infra.lineage_state import read_state, update
 from infra.settings import StoreSettings
 from infra.store.base import ObjectStore
-from infra.store.local import open_store
+from infra.store.opening import store_at
 from infra.store.s3 import make_client
 from tests.arriving import state_with
 
@@ -21,9 +21,9 @@ SOME_AND_MANY = [10, pytest.param(200, marks=pytest.mark.nightly(minutes=3))]
 ADD_LABELS = """
 import sys
 from infra.lineage_state import update
-from infra.store.local import open_store
+from infra.store.opening import store_at
 
-store, name, number = open_store(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+store, name, number = store_at(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 print("ready", flush=True)
 sys.stdin.readline()
 for label in range(number):
@@ -36,11 +36,11 @@ import sys, uuid
 from datetime import UTC, datetime
 from functools import partial
 from infra.lineage_state import update
-from infra.store.local import open_store
+from infra.store.opening import store_at
 from tasks.arrival_states import Result, claim, finish
 from tasks.lineage.retrain import RetrainPolicy
 
-store, policy, now = open_store(sys.argv[1]), RetrainPolicy(), datetime.now(UTC)
+store, policy, now = store_at(sys.argv[1]), RetrainPolicy(), datetime.now(UTC)
 print("ready", flush=True)
 sys.stdin.readline()
 while True:
@@ -58,7 +58,7 @@ while True:
 @pytest.fixture(params=["file", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
     if request.param == "file":
-        return open_store(str(tmp_path / "store"))
+        return store_at(str(tmp_path / "store"))
     for name, value in {
         "ENDPOINT_URL": request.getfixturevalue("s3_server"),
         "REGION": "us-east-1",
@@ -67,7 +67,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     }.items():
         monkeypatch.setenv(f"DEAL_S3_{name}", value)
     make_client(StoreSettings()).create_bucket(Bucket="states")
-    return open_store("s3://states/team")
+    return store_at("s3://states/team")
 
 
 def run_two(store: ObjectStore, script: str, *arguments: str) -> list[str]:

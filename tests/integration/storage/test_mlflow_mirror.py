@@ -23,10 +23,10 @@ from infra.mirror_note import waiting
 from infra.promotions import PromotionLog
 from infra.settings import TrackingSettings
 from infra.store import keys
+from infra.store.opening import open_store
 from infra.tracking.models import ModelRegistry
 from infra.tracking.tracker import TrackedRun, Tracker
 from infra.versions import Versions
-from tasks.context import current_store
 from tasks.lineage.promotion import roll_back
 from tasks.mlflow_mirror import WITH_ROWS, Synced, sync_lineage
 from tests.adapting import BANK, run
@@ -64,18 +64,18 @@ def move_alias(version: str) -> None:
 
 
 def champion() -> str:
-    found = Versions(current_store()).champion("l")
+    found = Versions(open_store()).champion("l")
     assert found is not None
     return found.version
 
 
 def test_mlflow_gets_runs_models_versions_and_aliases(copied_home: Path) -> None:
-    assert waiting(current_store(), "l") == () and aliases_in_mlflow() == {
+    assert waiting(open_store(), "l") == () and aliases_in_mlflow() == {
         "champion": "3",
         "previous": "1",
         "challenger": "3",
     }
-    for version in Versions(current_store()).all("l"):
+    for version in Versions(open_store()).all("l"):
         of_run = mlflow_run("l", version.run_key)
         assert of_run.info.run_name == f"{version.task}-v{version.version}"
         assert of_run.info.status == "FINISHED" and of_run.data.tags["deal.version"] == version.version
@@ -130,7 +130,7 @@ def test_a_version_is_learned_and_promoted_while_mlflow_is_away_and_written_afte
     synced = sync()
     assert synced.missing == () and synced.written[-1] == "move 3"
     assert synced.written[:-1] == tuple(f"{what} {number}" for number in "1234" for what in ("version", "report"))
-    assert aliases_in_mlflow()["champion"] == "4" and waiting(current_store(), "l") == ()
+    assert aliases_in_mlflow()["champion"] == "4" and waiting(open_store(), "l") == ()
     history = client().get_metric_history(mlflow_run("l", fourth.run_key).info.run_id, "train/loss")
     assert [point.step for point in history] == [1, 2, 3], "the journal has kept the curve"
     assert sync().written == (), "nothing is written twice"
@@ -154,7 +154,7 @@ def test_a_sync_that_is_cut_short_goes_on_and_doubles_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(ModelRegistry, "add", die)
         with pytest.raises(KilledError):
-            sync_lineage(current_store(), "l")
+            sync_lineage(open_store(), "l")
     assert sync().missing == () and aliases_in_mlflow()["champion"] == "3"
     assert len(client().search_model_versions("name='l'")) == 3
     experiment = client().get_experiment_by_name("deal/l").experiment_id
@@ -167,7 +167,7 @@ def test_a_version_whose_files_are_damaged_keeps_no_other_out_of_mlflow(
     for path in copied_home.glob("mlflow.db*"):
         path.unlink()
     shutil.copy(mlflow_database, copied_home / "mlflow.db")
-    store, first = current_store(), Versions(current_store()).all("l")[0]
+    store, first = open_store(), Versions(open_store()).all("l")[0]
     weights = f"{first.adapter_uri}/adapter_model.safetensors"
     kept = store.get_bytes(weights)
     store.put_bytes(weights, kept[:-1] + b"x")
@@ -185,7 +185,7 @@ def test_an_error_that_nobody_expected_is_returned_and_the_next_call_writes_ever
     register("fourth")
     with monkeypatch.context() as patch:
         patch.setattr(ModelRegistry, "add", lambda *args, **options: 1 / 0)
-        broken = sync_lineage(current_store(), "l")
+        broken = sync_lineage(open_store(), "l")
     assert broken.problem == "ZeroDivisionError: division by zero" and broken.missing[0] == "version 4"
     assert "ZeroDivisionError" in caplog.text
     assert sync().missing == ()
@@ -214,7 +214,7 @@ class TestMovesByHand:
         sync()
         move_alias("4")
         assert sync().promoted == "4" and champion() == "4"
-        last = PromotionLog(current_store()).moves("l")[-1]
+        last = PromotionLog(open_store()).moves("l")[-1]
         assert (last.action, last.before, last.champion, last.who) == ("promoted", "3", "4", "MLflow")
         assert aliases_in_mlflow() == {"champion": "4", "previous": "3", "challenger": "4"}
         assert [notice["event"] for notice in receiver.told()] == ["deal.version.promoted"]
@@ -222,7 +222,7 @@ class TestMovesByHand:
     def test_to_an_earlier_champion_it_is_a_rollback(self, copied_home: Path) -> None:
         move_alias("1")
         assert sync().promoted == "1" and champion() == "1"
-        assert (PromotionLog(current_store()).moves("l")[-1].action, aliases_in_mlflow()["previous"]) == (
+        assert (PromotionLog(open_store()).moves("l")[-1].action, aliases_in_mlflow()["previous"]) == (
             "rolled back",
             "3",
         )
@@ -242,13 +242,11 @@ class TestMovesByHand:
         if changes is not None:
             register("fourth", **changes)
             sync()
-        moves = PromotionLog(current_store()).moves("l")
+        moves = PromotionLog(open_store()).moves("l")
         move_alias(version)
         synced = sync()
         assert synced.promoted is None and f"version {version}" in (synced.set_back or "")
-        assert (
-            champion() == "3" == aliases_in_mlflow()["champion"] and PromotionLog(current_store()).moves("l") == moves
-        )
+        assert champion() == "3" == aliases_in_mlflow()["champion"] and PromotionLog(open_store()).moves("l") == moves
         assert [notice["event"] for notice in receiver.told()] == ["deal.alias.set-back"]
         assert sync().set_back is None
 
@@ -256,7 +254,7 @@ class TestMovesByHand:
         register("fourth")
         sync()
         move_alias("4")
-        roll_back("l", "1", **BY)
+        roll_back(open_store(), "l", "1", **BY)
         assert "set back to version 1" in (sync().set_back or "")
         assert champion() == "1" == aliases_in_mlflow()["champion"]
         assert [notice["event"] for notice in receiver.told()] == ["deal.alias.set-back"]
@@ -271,7 +269,7 @@ class TestMovesByHand:
         killed_at: str,
         moved_to: str | None,
     ) -> None:
-        roll_back("l", "1", **BY)
+        roll_back(open_store(), "l", "1", **BY)
         whole, calls = getattr(ModelRegistry, killed_at), []
 
         def die_after(registry: ModelRegistry, *args: Any) -> None:
@@ -282,11 +280,11 @@ class TestMovesByHand:
         with monkeypatch.context() as patch:
             patch.setattr(ModelRegistry, killed_at, die_after)
             with pytest.raises(KilledError):
-                sync_lineage(current_store(), "l")
+                sync_lineage(open_store(), "l")
         if moved_to is not None:
             move_alias(moved_to)  # whether this is a person's move or what the write left cannot be told
         assert sync().promoted is None and champion() == "1" == aliases_in_mlflow()["champion"]
-        assert PromotionLog(current_store()).moves("l")[-1].action == "rolled back" and len(calls) == 1
+        assert PromotionLog(open_store()).moves("l")[-1].action == "rolled back" and len(calls) == 1
         assert receiver.told() == []  # no notice says that a person moved the alias
 
     def test_the_next_run_continues_the_version_that_was_promoted_by_hand(
@@ -294,19 +292,19 @@ class TestMovesByHand:
     ) -> None:
         move_alias("1")
         assert run(tiny_base, {**BANK, "name": "again"}).parent_version == "1"
-        assert [move.action for move in PromotionLog(current_store()).moves("l")][-2:] == ["rolled back", "promoted"]
+        assert [move.action for move in PromotionLog(open_store()).moves("l")][-2:] == ["rolled back", "promoted"]
 
 
 def test_rows_that_are_forgotten_while_mlflow_is_away_are_gone_from_it_after_the_next_sync(
     copied_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, *_ = Versions(current_store()).all("l")
+    first, *_ = Versions(open_store()).all("l")
     held = in_mlflow("l", first.run_key)
     assert {"report.json", "report.html"} <= {entry.path for entry in held.client.list_artifacts(held.run_id)}
     held.client.delete_run(held.run_id)  # a person; the artifacts stay until MLflow's own gc
     monkeypatch.setenv("MLFLOW_TRACKING_URI", AWAY)
     assert asyncio.run(forget(first.dataset_sha256, reason="asked for")).waits_for_mlflow == ("l",)
-    orders = [info.key for info in current_store().list(keys.mlflow_forget_folder("l"))]
+    orders = [info.key for info in open_store().list(keys.mlflow_forget_folder("l"))]
     assert keys.mlflow_forget_key("l", first.run_key) in orders
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     steps: list[str] = []
@@ -324,4 +322,4 @@ def test_rows_that_are_forgotten_while_mlflow_is_away_are_gone_from_it_after_the
     for each in runs:
         kept = {entry.path for entry in held.client.list_artifacts(each.run_id)}
         assert not kept & set(WITH_ROWS)
-    assert not list(current_store().list(keys.mlflow_forget_folder("l")))
+    assert not list(open_store().list(keys.mlflow_forget_folder("l")))

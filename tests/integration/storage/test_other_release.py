@@ -13,7 +13,7 @@ from deal_pipeline.cli.app import app
 from infra.store.base import ObjectStore
 from infra.store.format import FORMAT, FormatError
 from infra.store.local import FileStore
-from tasks.context import current_store
+from infra.store.opening import open_store
 from tests.adapting import BANK, run
 from tests.in_process import put_back
 
@@ -89,5 +89,5 @@ def test_the_first_run_says_the_format_and_looking_does_not(
 ) -> None:
     assert deal("status")[0] == deal("lineage", "list")[0] == 0 and not (home / "store").exists()
     copy_to_home(kept_home)
-    assert formats(current_store()) == {"format.json": {"format": FORMAT}}
+    assert formats(open_store()) == {"format.json": {"format": FORMAT}}
     assert deal("version", "list", "--lineage", "l")[0] == 0

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from deal_core.errors import ConfigError
 from deal_pipeline.cli.app import app
 from flows.adapt_result import AdaptResult
+from infra.store.opening import open_store
 from tasks.predict import FileAnswers, predict, predict_file
 from tasks.validate import spec_to_check, validate
 from tests.adapting import BANK
@@ -29,17 +30,20 @@ def test_validation_knows_what_the_lineage_knows(first: AdaptResult, tmp_path: P
     rows += [{**test_row, "text": f" {test_row['text'].upper().rstrip('.')}."}]
     rows += [{"text": f"Message {number}", "label": "lost card"} for number in range(20)]
     file.write_text("".join(json.dumps({**row, "split": "train"}) + "\n" for row in rows))
-    found = validate(*spec_to_check(file, task="bank", lineage="l"))
+    found = validate(open_store(), *spec_to_check(open_store(), file, task="bank", lineage="l"))
     problems = {"text of a test row": 1, "nearly a test row": 1, "label outside the task's set": 1}
     assert found.accepted and found.problems == problems, "row 3 is a test row but for case and a final dot"
-    assert set(validate(*spec_to_check(file, task="bank", lineage="unknown")).problems) == set()
+    assert (
+        set(validate(open_store(), *spec_to_check(open_store(), file, task="bank", lineage="unknown")).problems)
+        == set()
+    )
 
     spec = tmp_path / "spec.yaml"
     spec.write_text(json.dumps({"task": {"name": "fresh", "data": "x.jsonl", "test_data": "own.jsonl"}}))
     (tmp_path / "own.jsonl").write_text(json.dumps({"text": "Message 3", "label": "lost card"}) + "\n")
-    told = validate(*spec_to_check(file, spec=spec))
+    told = validate(open_store(), *spec_to_check(open_store(), file, spec=spec))
     with pytest.raises(ConfigError, match="give either --spec or --task"):
-        validate(*spec_to_check(file, spec=spec, task="fresh"))
+        validate(open_store(), *spec_to_check(open_store(), file, spec=spec, task="fresh"))
     assert (told.num_test, told.problems) == (1, {"text of a test row": 1})
 
 
@@ -48,7 +52,7 @@ def test_a_checked_file_shows_the_prompt_that_is_asked_for(tiny_base: Path, tmp_
     spec.write_text(
         f"base_model: {tiny_base}\ntask: {{name: bank, data: {BANK['data']}, instruction: Which one, prompt: chat}}\n"
     )
-    found = validate(*spec_to_check(BANK["data"], spec=spec))
+    found = validate(open_store(), *spec_to_check(open_store(), BANK["data"], spec=spec))
     assert found.example is not None and found.example.prompt.startswith("<|im_start|>user\nWhich one\nOption: ")
     assert not found.example.answer.startswith(" ") and found.example.note is None
 
@@ -62,7 +66,7 @@ def questions(tmp_path: Path) -> Path:
 
 
 def answer(data: Path, out: Path) -> FileAnswers:
-    return predict_file(data, out=out, lineage="l", task=None, version=None, column=None)
+    return predict_file(open_store(), data, out=out, lineage="l", task=None, version=None, column=None)
 
 
 def test_a_file_is_answered_and_a_call_that_was_cut_short_leaves_none(
@@ -81,7 +85,9 @@ def test_a_file_is_answered_and_a_call_that_was_cut_short_leaves_none(
     for suffix in ("jsonl", "parquet"):
         out = tmp_path / f"whole.{suffix}"
         with pytest.raises(Killed):
-            predict_file(questions, out=out, lineage="l", task=None, version=None, column=None, on_progress=die)
+            predict_file(
+                open_store(), questions, out=out, lineage="l", task=None, version=None, column=None, on_progress=die
+            )
         assert not out.exists()
         result = answer(questions, out)
         assert (result.num_rows, result.num_bad, result.version) == (11, 1, "1")
@@ -91,7 +97,7 @@ def test_a_file_is_answered_and_a_call_that_was_cut_short_leaves_none(
     assert [row["id"] for row in rows] == [str(number) for number in range(11)]
     assert rows[10]["answer"] is None and rows[10]["problem"] == "empty text: text is empty"
     assert {(row["task"], row["lineage"], row["version"]) for row in rows} == {("bank", "l", "1")}
-    alone = predict(rows[3]["text"], lineage="l", task=None, version=None)
+    alone = predict(open_store(), rows[3]["text"], lineage="l", task=None, version=None)
     assert (rows[3]["answer"], rows[3]["problem"]) == (alone.answer, alone.problem)
     labels = {row["label"] for row in map(json.loads, Path(BANK["data"]).read_text().splitlines())}
     no_label = [row for row in rows[:10] if row["answer"] not in labels]
@@ -112,7 +118,7 @@ def test_answers_do_not_land_in_the_inbox(home: Path, tmp_path: Path, questions:
     out = tmp_path / "link" / "answers.jsonl" if is_named else None
     before = sorted(inbox.iterdir())
     with pytest.raises(ConfigError) as refused:
-        predict_file(data, out=out, lineage="l", task=None, version=None, column=None)
+        predict_file(open_store(), data, out=out, lineage="l", task=None, version=None, column=None)
     assert refused.value.code == "answers-in-inbox" and sorted(inbox.iterdir()) == before
 
 

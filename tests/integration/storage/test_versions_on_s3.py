@@ -12,7 +12,7 @@ import pytest
 
 from deal_core.errors import StoreError
 from infra.settings import StoreSettings
-from infra.store.local import open_store
+from infra.store.opening import store_at
 from infra.store.s3 import S3Store
 from infra.store.stored import MAX_REQUESTS
 from infra.versions import Versions
@@ -28,7 +28,7 @@ def store(s3_server: str) -> S3Store:
     """An empty store in a new bucket."""
     settings = {"s3_endpoint_url": s3_server, "s3_access_key_id": "somebody", "s3_secret_access_key": "secret"}
     address = f"s3://bucket-{uuid.uuid4().hex}/store"  # all servers of a process share their buckets
-    found = open_store(address, StoreSettings.model_validate({**settings, "s3_region": "us-east-1"}))
+    found = store_at(address, StoreSettings.model_validate({**settings, "s3_region": "us-east-1"}))
     assert isinstance(found, S3Store)
     found.client.create_bucket(Bucket=found.bucket)
     return found

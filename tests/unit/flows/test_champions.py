@@ -11,7 +11,8 @@ import pytest
 
 import flows.champions
 from deal_core.errors import DealError, RegistryError
-from tasks.context import current_store
+from infra.store.base import ObjectStore
+from infra.store.opening import open_store
 from tasks.monitoring.rollout import RolloutLook, RolloutStatus
 from tasks.progress import Interrupted, LogReporter, reporting_to
 from tests.stored_versions import move, store_version
@@ -21,9 +22,9 @@ from tests.stored_versions import move, store_version
 def three_lineages(home: Path) -> None:
     """Lineages a and c with a champion, b without one."""
     for name in ("a", "b", "c"):
-        stored = store_version(current_store(), {}, name)
+        stored = store_version(open_store(), {}, name)
         if name != "b":
-            move(current_store(), stored.version, lineage=name)
+            move(open_store(), stored.version, lineage=name)
 
 
 def champions(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> None:
@@ -58,12 +59,12 @@ def test_an_evaluation_that_was_asked_to_stop_does(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_lineage_whose_log_is_damaged_keeps_no_other_rollout_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried = store_version(current_store(), {}, "c", parent_version="1")
-    move(current_store(), tried.version, "rollout", lineage="c", rollout="shadow")
-    current_store().put_bytes("promotions/a/00000001.json", b"{")
+    tried = store_version(open_store(), {}, "c", parent_version="1")
+    move(open_store(), tried.version, "rollout", lineage="c", rollout="shadow")
+    open_store().put_bytes("promotions/a/00000001.json", b"{")
     checked: list[str] = []
 
-    def check(name: str) -> RolloutLook:
+    def check(store: ObjectStore, name: str) -> RolloutLook:
         checked.append(name)
         return RolloutLook(status=RolloutStatus(lineage=name))
 

@@ -14,7 +14,7 @@ from deal_core.errors import ConfigError, StoreError, TrainingDivergedError
 from flows.watch import WatchResult, watch
 from infra.lineage_state import read_state
 from infra.store.base import ObjectStore
-from infra.store.local import open_store
+from infra.store.opening import store_at
 from infra.versions import Versions
 from tasks.arrivals import sense_inbox
 from tasks.inbox import InboxLook, look
@@ -48,9 +48,9 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             raise error
 
         monkeypatch.setattr("flows.watch.adapt_locked", fail)
-        store = open_store(str(tmp_path))
+        store = store_at(str(tmp_path))
         store.put_bytes("inbox/bank/a.csv", b"text,label\na,b\n")
-        monkeypatch.setattr("flows.watch.current_store", lambda: store)
+        monkeypatch.setattr("flows.watch.open_store", lambda: store)
         monkeypatch.setenv("DEAL_HOME", str(tmp_path / "home"))
         result = asyncio.run(watch.fn(WatchedLineage(lineage="l"), True, 0))
         assert result.runs == () and [seen.outcome for seen in result.files] == ["failed"]
@@ -98,8 +98,8 @@ def test_one_call_tries_a_failed_file_once_while_another_file_grows(
 
     monkeypatch.setattr("flows.watch.adapt_locked", fail)
     monkeypatch.setenv("DEAL_HOME", str(tmp_path / "home"))
-    store = open_store(str(tmp_path / "store"))
-    monkeypatch.setattr("flows.watch.current_store", lambda: store)
+    store = store_at(str(tmp_path / "store"))
+    monkeypatch.setattr("flows.watch.open_store", lambda: store)
     store.put_bytes("inbox/bank/a.csv", b"text,label\na,b\n")
     os.utime(tmp_path / "store/inbox/bank/a.csv", (0, 0))
     looks = 0
@@ -131,8 +131,8 @@ def test_a_watch_waits_while_its_lineage_is_held(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("flows.watch.adapt_locked", learn)
     monkeypatch.setattr("flows.watch.is_stopped", lambda: bool(ends))
     monkeypatch.setenv("DEAL_HOME", str(tmp_path / "home"))
-    store = open_store(str(tmp_path / "store"))
-    monkeypatch.setattr("flows.watch.current_store", lambda: store)
+    store = store_at(str(tmp_path / "store"))
+    monkeypatch.setattr("flows.watch.open_store", lambda: store)
     add_lineage(store, parse(WatchedLineage, {"lineage": "l"}, "test"))
     pause_lineage(store, "l", "the labels are being corrected")
     store.put_bytes("inbox/bank/a.csv", b"text,label\na,b\n")
@@ -159,8 +159,8 @@ def test_a_watch_waits_while_its_lineage_is_held(tmp_path: Path, monkeypatch: py
 def consolidating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
     """The store of a lineage that is consolidated when its budget is spent, in which version 1 is champion."""
     monkeypatch.setenv("DEAL_HOME", str(tmp_path / "home"))
-    store = open_store(str(tmp_path / "store"))
-    monkeypatch.setattr("flows.watch.current_store", lambda: store)
+    store = store_at(str(tmp_path / "store"))
+    monkeypatch.setattr("flows.watch.open_store", lambda: store)
     store_version(store, {})
     move(store, "1")
     return store

@@ -11,12 +11,12 @@ import pytest
 
 from deal_core.errors import StoreError
 from infra.promotions import Change, Move, PromotionLog
-from infra.store.local import open_store
+from infra.store.opening import store_at
 
 
 @pytest.fixture
 def log(tmp_path: Path) -> PromotionLog:
-    return PromotionLog(open_store((tmp_path / "store").as_uri()))
+    return PromotionLog(store_at((tmp_path / "store").as_uri()))
 
 
 def add(log: PromotionLog, after: Move | None, version: str, **changes: Any) -> Move | None:

@@ -15,7 +15,7 @@ from infra.settings import (
     host_of,
     make_places_absolute,
 )
-from infra.store.local import open_store
+from infra.store.opening import store_at
 
 NAMES = (
     "DEAL_HOME",
@@ -89,7 +89,7 @@ def test_s3_settings_reach_the_client_and_the_secret_is_never_shown(monkeypatch:
     monkeypatch.setenv("DEAL_S3_ACCESS_KEY_ID", "the-key")
     monkeypatch.setenv("DEAL_S3_SECRET_ACCESS_KEY", "the-secret")
     settings = StoreSettings()
-    client = open_store("s3://bucket").client  # type: ignore[attr-defined]
+    client = store_at("s3://bucket").client  # type: ignore[attr-defined]
     credentials = client._request_signer._credentials
     assert client.meta.endpoint_url == "http://127.0.0.1:9000"
     assert client.meta.region_name == "eu-west-3"
@@ -100,7 +100,7 @@ def test_s3_settings_reach_the_client_and_the_secret_is_never_shown(monkeypatch:
 def test_checksums_of_a_server_that_aws_variables_name_are_theirs_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9000")
-    client = open_store("s3://bucket").client  # type: ignore[attr-defined]
+    client = store_at("s3://bucket").client  # type: ignore[attr-defined]
     assert client.meta.endpoint_url == "http://127.0.0.1:9000"
     assert client.meta.config.request_checksum_calculation == "when_required"
     assert client.meta.config.response_checksum_validation == "when_supported"
@@ -109,13 +109,13 @@ def test_checksums_of_a_server_that_aws_variables_name_are_theirs_to_say(monkeyp
 def test_half_a_pair_of_keys_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEAL_S3_ACCESS_KEY_ID", "the-key")
     with pytest.raises(ConfigError, match="set both or none"):
-        open_store("s3://bucket")
+        store_at("s3://bucket")
 
 
 @pytest.mark.parametrize("uri", ["ftp://host/x", "s3://", "s3://bucket?x=1", "file://host/folder", "gs://bucket"])
 def test_other_stores_are_refused_with_a_remedy(uri: str) -> None:
     with pytest.raises(ConfigError, match=r"neither file:///folder nor s3://.*DEAL_STORE_URI"):
-        open_store(uri)
+        store_at(uri)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_other_stores_are_refused_with_a_remedy(uri: str) -> None:
 )
 def test_an_address_with_a_password_is_refused_and_the_password_not_shown(uri: str) -> None:
     with pytest.raises(ConfigError, match="DEAL_S3_SECRET_ACCESS_KEY") as refused:
-        open_store(uri)
+        store_at(uri)
     assert "ter2" not in str(refused.value)
 
 
@@ -143,7 +143,7 @@ def test_a_server_with_a_password_is_refused_and_the_password_not_shown(
     monkeypatch.setenv("DEAL_S3_ACCESS_KEY_ID", "somebody")  # so that boto3 requests no keys from a server
     monkeypatch.setenv("DEAL_S3_SECRET_ACCESS_KEY", "secret")
     with pytest.raises(ConfigError, match="DEAL_S3_") as refused:
-        open_store("s3://bucket")
+        store_at("s3://bucket")
     assert "ter2" not in str(refused.value)
 
 

@@ -49,9 +49,9 @@ def job(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tra
 
 
 def test_a_second_try_goes_on_from_the_stored_checkpoint_with_the_same_result(job, tmp_path) -> None:
-    from tasks.context import current_store
+    from infra.store.opening import open_store
 
-    store = current_store()
+    store = open_store()
     upload_job(store, job, PREFIX)
     messages: list[Mapping[str, Any]] = []
     work_on(PREFIX, messages.append)

@@ -14,7 +14,8 @@ import tasks.arrivals
 from deal_core.errors import StoreError
 from infra.lineage_state import LineageState, lineages_with_state, note_ended, read_ended, read_state, update
 from infra.store.base import ObjectStore
-from infra.store.local import FileStore, open_store
+from infra.store.local import FileStore
+from infra.store.opening import store_at
 from tasks.arrival_states import Result, claim
 from tasks.arrivals import end_try, sense_inbox
 from tasks.inbox import InboxLook, look
@@ -201,7 +202,7 @@ def test_a_copied_home_knows_what_has_ended_and_reads_no_copy_twice(
     land(store, "b/1.jsonl", 1)
     sensed(store)
     ended(store, "rejected", version="1")
-    copy = open_store(str(shutil.copytree(tmp_path / "store", tmp_path / "copy")))
+    copy = store_at(str(shutil.copytree(tmp_path / "store", tmp_path / "copy")))
     assert sensed(copy) == LineageState()
     monkeypatch.setattr(FileStore, "_sha256_of", lambda *_: pytest.fail("it was read again"))
     assert sensed(copy) == LineageState()

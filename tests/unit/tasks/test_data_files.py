@@ -22,11 +22,11 @@ from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError, StoreError
 from infra.settings import StoreSettings
-from infra.store.local import FileStore, open_store
+from infra.store.local import FileStore
+from infra.store.opening import open_store, store_at
 from infra.store.s3 import S3Store, make_client
 from tasks.adaptation.ingest import ingest
 from tasks.arrivals import sense_inbox
-from tasks.context import current_store
 from tasks.data_files import local_files
 from tasks.inbox import look, task_spec
 from tasks.lineage.datasets import read_manifest
@@ -378,7 +378,7 @@ def test_a_prefix_and_a_pattern_of_a_bucket_are_read(bucket: Any, store: FileSto
     for name in (*TABLES, *NOTES):
         bucket.put_object(Bucket="theirs", Key=f"lake/may/{name}", Body=table())
     bucket.put_object(Bucket="theirs", Key="lake/may2/part-0.csv", Body=table())
-    own = open_store("s3://theirs/lake")
+    own = store_at("s3://theirs/lake")
     assert isinstance(own, S3Store)
     for place in (store, own):
         for address in ("s3://theirs/lake/may/", "s3://theirs/lake/may"):
@@ -404,7 +404,7 @@ def test_a_saved_dataset_of_a_bucket_is_read(
 
 def test_a_folder_in_the_inbox_of_a_bucket_is_one_arrival(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEAL_STORE_URI", "s3://theirs/lake")
-    store, lines = current_store(), table().splitlines(keepends=True)
+    store, lines = open_store(), table().splitlines(keepends=True)
     header, folder = lines[0], "inbox/bank/may"
     store.put_bytes(f"{folder}/part-1.csv", header + b"".join(lines[30:]) + b",good\n")
     store.put_bytes(f"{folder}/day=2/part-0.csv", b"".join(lines[:30]))
@@ -418,7 +418,7 @@ def test_a_folder_in_the_inbox_of_a_bucket_is_one_arrival(bucket: Any, monkeypat
     store.put_bytes(f"{folder}/_SUCCESS", b"")
     assert complete() == [folder, "inbox/bank/whole.csv"]
     arrivals = (task_spec(store, key) for key in complete())
-    parts, whole = (ingest(arrival, DataConfig(max_bad_share=0.1), None, "l") for arrival in arrivals)
+    parts, whole = (ingest(store, arrival, DataConfig(max_bad_share=0.1), None, "l") for arrival in arrivals)
     assert (parts.sha256, parts.num_train, parts.num_test) == (whole.sha256, whole.num_train, whole.num_test)
     (bad,) = map(json.loads, store.get_bytes(str(parts.quarantine)).splitlines())
     assert (bad["file"], bad["row"], bad["reason"]) == ("may/part-1.csv", 12, "empty text")

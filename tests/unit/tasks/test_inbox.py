@@ -10,7 +10,8 @@ import pytest
 
 from deal_core.errors import StoreError
 from infra.store.keys import INBOX, task_of
-from infra.store.local import FileStore, open_store
+from infra.store.local import FileStore
+from infra.store.opening import store_at
 from tasks.inbox import (
     find_landed,
     list_arrivals,
@@ -23,7 +24,7 @@ NOW = datetime(2030, 1, 1, tzinfo=UTC)
 
 
 def test_arrivals_come_oldest_first_and_nothing_else_counts(tmp_path: Path) -> None:
-    store = open_store(str(tmp_path))
+    store = store_at(str(tmp_path))
     names = [
         "bank/late.csv",
         "clinic/early.csv",
@@ -51,7 +52,7 @@ def test_a_task_file_lies_beside_the_arrivals_of_its_task_alone(tmp_path: Path) 
 
 
 def test_what_lies_in_a_wrong_folder_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    store = open_store(str(tmp_path))
+    store = store_at(str(tmp_path))
     store.put_bytes("inbox/bill/task.yaml", b"test_data: held/out.csv\n")
     for key in (
         "may.csv",
@@ -77,7 +78,7 @@ def test_what_lies_in_a_wrong_folder_is_told_once(tmp_path: Path, caplog: pytest
 
 @pytest.mark.parametrize("name", ["../test.csv", "/data/test.csv", "held//test.csv", "s3://bucket/test.csv", "''"])
 def test_test_rows_lie_in_the_folder_of_their_task(tmp_path: Path, name: str) -> None:
-    store = open_store(str(tmp_path))
+    store = store_at(str(tmp_path))
     store.put_bytes("inbox/bill/task.yaml", f"test_data: {name}\n".encode())
     store.put_bytes("inbox/bill/a.csv", b"x")
     assert [arrival.key for arrival in look(store).arrivals] == ["inbox/bill/a.csv"]
@@ -86,7 +87,7 @@ def test_test_rows_lie_in_the_folder_of_their_task(tmp_path: Path, name: str) ->
 
 
 def test_what_is_no_regular_file_is_no_arrival_and_holds_nothing_up(tmp_path: Path) -> None:
-    store = open_store(str(tmp_path))
+    store = store_at(str(tmp_path))
     store.put_bytes("inbox/bill/a.csv", b"x")
     os.mkfifo(tmp_path / "inbox" / "bill" / "fifo.csv")
     os.mkfifo(tmp_path / "inbox" / "bill" / "task.yaml")
@@ -98,7 +99,7 @@ def test_what_is_no_regular_file_is_no_arrival_and_holds_nothing_up(tmp_path: Pa
 def test_while_a_task_file_cannot_be_read_its_task_learns_nothing_and_others_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = open_store(str(tmp_path))
+    store = store_at(str(tmp_path))
     for key, content in (
         ("bill/a.csv", b"x"),
         ("bill/tests.csv", b"x"),
@@ -118,7 +119,7 @@ def unreadable(*_: object, **__: object) -> bytes:
 
 
 def test_a_task_file_has_a_bound(tmp_path: Path) -> None:
-    store = open_store(str(tmp_path))
+    store = store_at(str(tmp_path))
     store.put_bytes("inbox/bill/a.csv", b"x")
     with (tmp_path / "inbox" / "bill" / "task.yaml").open("wb") as file:
         file.truncate(2**40)
@@ -128,7 +129,7 @@ def test_a_task_file_has_a_bound(tmp_path: Path) -> None:
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
-    store = open_store(str(tmp_path))
+    store = store_at(str(tmp_path))
     store.put_bytes("inbox/bill/task.yaml", b"format: labelled\nformat: chat\n")
     with pytest.raises(TaskFieldsError, match=r"task\.yaml has the key 'format' twice"):
         task_spec(store, "inbox/bill/a.csv")

@@ -15,7 +15,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.data.source_files import files_at
 from deal_core.errors import ConfigError
 from infra.store.local import FileStore
-from tasks.context import current_store
+from infra.store.opening import open_store
 from tasks.landing import choose_schema, landing_of
 from tasks.lineage.record import FrozenRows, KnownSlice, KnownTask
 from tasks.spec import TaskSpec
@@ -44,7 +44,7 @@ def test_a_known_task_stays_as_it_was_learned_and_its_earlier_test_rows_keep_the
 def test_test_rows_grow_to_the_aim_unless_the_user_chose_them(
     tmp_path: Path, has_own_tests: bool, num_lacking: int
 ) -> None:
-    store, files = current_store(), [tmp_path / "rows.jsonl", tmp_path / "tests.jsonl"]
+    store, files = open_store(), [tmp_path / "rows.jsonl", tmp_path / "tests.jsonl"]
     for file, num_rows in zip(files, (90, 30), strict=True):
         rows = [{"text": f"{file.name} {number}", "label": "ab"[number % 2]} for number in range(num_rows)]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -12,6 +12,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.metrics import LabelFigures
 from deal_core.evaluation.score import Given, TaskEvaluation
 from deal_core.training.jobs import AnswerResult
+from infra.store.opening import open_store
 from tasks.lineage.frozen_rows import TestSet
 from tasks.references import BaseRef
 from tasks.scorer import Processes, Scored, Scorer, collapse_notes
@@ -53,7 +54,7 @@ def test_the_base_model_is_not_loaded_where_other_processes_answer(
     monkeypatch.setattr("tasks.base.load", refuse)
     monkeypatch.setattr("tasks.scorer.launch_job", launch)
     base = BaseRef(source=str(tiny_base), name="tiny", sha256="b" * 64)
-    scorer = Scorer(base, processes=Processes(number=2, jobs_folder="jobs", folder=tmp_path))
+    scorer = Scorer(open_store(), base, processes=Processes(number=2, jobs_folder="jobs", folder=tmp_path))
     rows = Dataset.from_dict({"input": ["a", "b"], "output": ["lost", "lost"], "sha256": ["1", "2"]})
     schema = TaskSchema(name="calls", labels=("late", "lost"), instruction="Which?")
     asked = TestSet(schema=schema, rows=rows, max_prompt_tokens=64, max_new_tokens=1)

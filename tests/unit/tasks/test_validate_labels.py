@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from deal_core.errors import ConfigError, DataValidationError
+from infra.store.opening import open_store
 from tasks.validate import ValidateResult, spec_to_check, validate
 
 KINDS = {"loan": "money and interest for a house", "card": "plastic that was lost in a shop", "app": "an update of it"}
@@ -30,7 +31,7 @@ def check(home: Path, tiny_base: Path, tmp_path: Path):
         )
         values = {"base_model": str(tiny_base), "task": {"name": "t", "data": str(file), "test_data": str(test)}}
         spec.write_text(yaml.safe_dump(values))
-        return validate(*spec_to_check(file, spec=spec), with_model=with_model)
+        return validate(open_store(), *spec_to_check(open_store(), file, spec=spec), with_model=with_model)
 
     return run
 
@@ -95,11 +96,11 @@ def test_a_task_file_beside_the_file_decides_unless_the_task_is_named(home: Path
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     told = {"columns": {"text": "words"}, "test_data": "test.jsonl", "labels": [*KINDS, "other"]}
     (folder / "task.yaml").write_text(yaml.safe_dump(told))
-    found = validate(*spec_to_check(folder / "may.jsonl"))
+    found = validate(open_store(), *spec_to_check(open_store(), folder / "may.jsonl"))
     assert found.accepted and (found.num_train, found.num_test) == (30, 30) and "other" in found.labels
     assert found.task_file == str(folder / "task.yaml")
     with pytest.raises(DataValidationError, match="has the columns 'words'"):
-        validate(*spec_to_check(folder / "may.jsonl", task="bank"))
+        validate(open_store(), *spec_to_check(open_store(), folder / "may.jsonl", task="bank"))
     (folder / "task.yaml").write_text("labels: 5")
     with pytest.raises(ConfigError, match=r"task\.yaml.*labels"):
-        validate(*spec_to_check(folder / "may.jsonl"))
+        validate(open_store(), *spec_to_check(open_store(), folder / "may.jsonl"))

@@ -305,24 +305,24 @@ def on_ray(tmp_path, monkeypatch) -> None:
 @pytest.mark.nightly
 @pytest.mark.usefixtures("on_ray")
 def test_one_worker_of_ray_trains_as_this_process(base, job, tmp_path):
-    from tasks.context import current_store
+    from infra.store.opening import open_store
 
     one = alone(job, base, tmp_path / "one")
     train = replace(job.setup.train, num_processes=1)
     other = in_folder(job, tmp_path / "ray", setup=replace(job.setup, train=train))
     seen: list[int] = []
     result = launch_job(
-        current_store(), other, "adapters/l/r/jobs", tmp_path / "r", lambda message: seen.append(message["step"])
+        open_store(), other, "adapters/l/r/jobs", tmp_path / "r", lambda message: seen.append(message["step"])
     )
     assert_same(one, result, tmp_path / "one", tmp_path / "ray")
-    assert seen == [1, 2, 3, 4, 5, 6, 7] and not list(current_store().list("adapters"))
+    assert seen == [1, 2, 3, 4, 5, 6, 7] and not list(open_store().list("adapters"))
 
 
 @pytest.mark.nightly(minutes=4)
 @pytest.mark.usefixtures("on_ray")
 def test_each_launch_trains_as_this_process_and_one_killed_worker_changes_nothing(base, job, tmp_path, monkeypatch):
     """Ray's group starts again from the checkpoint in the store, and each step is seen once."""
-    from tasks.context import current_store
+    from infra.store.opening import open_store
 
     killed: list[psutil.Process] = []
     seen: list[int] = []
@@ -340,7 +340,7 @@ def test_each_launch_trains_as_this_process_and_one_killed_worker_changes_nothin
         monkeypatch.setenv("DEAL_LAUNCH", launch)
         seen.clear()
         two = in_folder(job, tmp_path / launch)
-        result = launch_job(current_store(), two, "adapters/l/r/jobs", tmp_path / "ranks", follow)
+        result = launch_job(open_store(), two, "adapters/l/r/jobs", tmp_path / "ranks", follow)
         assert_same(one, result, tmp_path / "one", tmp_path / launch)
         assert seen == [1, 2, 3, 4, 5, 6, 7]
         assert result.resumed_from_step in ((2, 4) if killed else (None,))
@@ -350,10 +350,10 @@ def test_each_launch_trains_as_this_process_and_one_killed_worker_changes_nothin
 @pytest.mark.nightly
 @pytest.mark.usefixtures("on_ray")
 def test_workers_of_ray_end_with_the_process_that_wanted_them(base, job, tmp_path):
-    from tasks.context import current_store
+    from infra.store.opening import open_store
 
     started, stop = stopping_at_step_3()
 
     with pytest.raises(InterruptedError):
-        launch_job(current_store(), job, "adapters/l/r/jobs", tmp_path / "r", stop)
+        launch_job(open_store(), job, "adapters/l/r/jobs", tmp_path / "r", stop)
     assert alive_after_minutes(started) == []

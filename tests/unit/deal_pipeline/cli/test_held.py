@@ -14,9 +14,9 @@ from typer.testing import Result as Answer
 
 from deal_pipeline.cli.app import app
 from infra.lineage_state import read_state, update
+from infra.store.opening import open_store
 from tasks.arrival_states import Result, claim, finish
 from tasks.arrivals import held_arrivals, sense_inbox
-from tasks.context import current_store
 from tasks.housekeeping.arrivals import find_arrival
 from tasks.inbox import look
 from tasks.lineage.settings import read_lineage
@@ -35,7 +35,7 @@ def deal(home: Path) -> Iterator[Deal]:
         path.write_text("nonsense\n")
         (home / "store" / "lineages").mkdir()
         (home / "store" / "lineages" / "l.yaml").write_text("tasks: [parcels]\n")
-        store = current_store()
+        store = open_store()
         spec, now = read_lineage(store, "l"), datetime.now(UTC)
         state = claim(sense_inbox(store, spec, look(store), 0), spec.retrain, now, lambda _: 0.0, "one")
         update(store, "l", lambda _: finish(state, "one", Result("held", WHY), now, {}))
@@ -63,7 +63,7 @@ def test_the_history_for_programs_has_versions_only(deal: Deal) -> None:
 @pytest.mark.parametrize("words", [[KEY], ["--all"]])
 def test_a_held_arrival_is_released_by_its_name_or_with_all_others(deal: Deal, words: list[str]) -> None:
     assert found(deal("data", "release", *words, "--lineage", "l", "--json"))["released"] == [KEY]
-    assert not held_arrivals(read_state(current_store(), "l"))
+    assert not held_arrivals(read_state(open_store(), "l"))
 
 
 @pytest.mark.parametrize("words", [[], [KEY, "--all"]])
@@ -71,12 +71,12 @@ def test_it_must_be_clear_which_arrivals_are_released(deal: Deal, words: list[st
     result = deal("data", "release", *words, "--lineage", "l")
     assert result.exit_code == 2 and result.stdout == ""
     assert "Name the held arrivals" in result.stderr
-    assert [arrival.key for arrival in held_arrivals(read_state(current_store(), "l"))] == [KEY], "it is still held"
+    assert [arrival.key for arrival in held_arrivals(read_state(open_store(), "l"))] == [KEY], "it is still held"
 
 
 def test_an_arrival_that_was_not_learned_is_found_by_the_name_of_its_file(deal: Deal, home: Path) -> None:
     name = KEY.rpartition("/")[2]
-    assert find_arrival(current_store(), name).key == KEY
+    assert find_arrival(open_store(), name).key == KEY
     other = home / "store" / "inbox" / "bank" / name
     other.parent.mkdir()
     other.write_text("other rows\n")

@@ -17,8 +17,8 @@ from deal_pipeline.server.status import _reason, _unusable_files, may_name_a_ser
 from infra.lineage_state import Batch, LineageState
 from infra.run_journal import Run, RunJournal
 from infra.store.base import ObjectStore
-from infra.store.local import open_store
-from tasks.context import current_store, lineage_lock
+from infra.store.opening import open_store, store_at
+from tasks.context import lineage_lock
 from tasks.inbox import look
 from tests.arriving import NOW
 from tests.in_process import put_back
@@ -34,7 +34,7 @@ def test_a_failed_arrival_is_told_of_with_what_opens_it_again() -> None:
 
 
 def test_files_that_lie_where_no_watch_looks_are_told_of(tmp_path: Path) -> None:
-    store = open_store(str(tmp_path))
+    store = store_at(str(tmp_path))
     store.put_bytes("inbox/bill/task.yaml", b"test_data: held/out.csv\n")
     for key in ("may.csv", "bill/held/may.csv", "bill/may.csv", "bill/held/out.csv", "bill/.tmp/x.csv"):
         store.put_bytes(f"inbox/{key}", b"text,label\na,b\n")
@@ -95,7 +95,7 @@ def test_prefect_is_asked_where_it_is_imported_anyway(bare: dict[str, str], monk
 
 
 def test_a_fault_of_one_lineage_is_shown_and_the_others_too(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = current_store()
+    store = open_store()
     for name, text in (("good", "{}"), ("odd", "{}"), ("wait", "retrain: {min_rows: 9, max_wait_days: 3000000}")):
         store.put_bytes(f"lineages/{name}.yaml", text.encode())
     store.put_bytes("inbox/bank/a.jsonl", b'{"text": "a", "label": "b"}\n')
@@ -115,7 +115,7 @@ def test_a_fault_of_one_lineage_is_shown_and_the_others_too(home: Path, monkeypa
 
 
 def test_what_mlflow_lacks_is_said_in_one_line_and_by_name(home: Path) -> None:
-    store = current_store()
+    store = open_store()
     store_version(store, {})
     move(store, "1")
     waiting = {lineage.lineage: lineage.mlflow_waiting for lineage in asyncio.run(read_status(home)).lineages}
@@ -148,10 +148,10 @@ def test_a_run_of_a_command_is_shown_without_a_server_while_it_works(home: Path)
     lineage_lock("l").parent.mkdir()
     with FileLock(lineage_lock("l")):
         assert shown() == "a run works on it", "the lineage has no version yet"
-        RunJournal(current_store()).start(run)
+        RunJournal(open_store()).start(run)
         assert shown() == "a run learns bank (102 training rows) since 2030-01-01 12:00 UTC"
         with put_back():
             said = CliRunner().invoke(app, ["status", "--home", str(home)]).stdout
         assert "l: a run learns bank (102 training rows)" in said
-    store_version(current_store(), {})
+    store_version(open_store(), {})
     assert shown() is None, "the run was killed"

@@ -10,7 +10,7 @@ import pytest
 from deal_core.errors import StoreError
 from infra.store.format import FORMAT, FormatError, require_format, write_format
 from infra.store.local import FileStore
-from tasks.context import current_store
+from infra.store.opening import open_store
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_a_store_with_versions_and_without_a_format_is_of_an_older_release(store
     store.put_bytes(key, b"{}")
     for _ in range(2):  # a refusal is not remembered as a permission
         with pytest.raises(FormatError) as caught:
-            current_store()
+            open_store()
     message = str(caught.value)
     assert caught.value.code == "store-format" and message.count(". ") == 0
     assert message.startswith(f"{store.uri} was made by release 0.2") and "--home" in message

@@ -13,14 +13,15 @@ import pytest
 from deal_core.errors import StoreError
 from infra.store import base
 from infra.store.base import UnusableObjectError
-from infra.store.local import FileStore, open_store
+from infra.store.local import FileStore
+from infra.store.opening import store_at
 from tasks.data_files import local_files
 
 
 def test_uris_and_paths_name_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    open_store("my store").put_bytes("a/b", b"x")
-    store = open_store(f"file://{tmp_path}/my%20store")
+    store_at("my store").put_bytes("a/b", b"x")
+    store = store_at(f"file://{tmp_path}/my%20store")
     assert store.get_bytes("a/b") == b"x"
     assert store.uri_of("a/b") == (tmp_path / "my store" / "a" / "b").as_uri()
 

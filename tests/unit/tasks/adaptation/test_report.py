@@ -10,9 +10,9 @@ import pytest
 
 from deal_core.config import DataConfig
 from infra.report.page import verdict_of
+from infra.store.opening import open_store
 from tasks.adaptation.ingest import ingest
 from tasks.adaptation.report import _quality, artifact_key, markdown_of, problem_of, thin
-from tasks.context import current_store
 from tasks.spec import TaskSpec
 from tests.report_sample import sample_evaluation, sample_report, sample_versions
 
@@ -54,8 +54,8 @@ def test_contradictions_are_told_with_their_texts_only_where_texts_may_be(
     rows += [{"text": "Jane Doe called", "label": label} for label in ("lost", "late", "yes, please")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arrival = TaskSpec(name="calls", data=str(tmp_path / "rows.jsonl"))
-    dataset = ingest(arrival, DataConfig(include_texts=is_kept), None, "l")
-    several, separated = _quality(current_store(), dataset, is_shown).warnings
+    dataset = ingest(open_store(), arrival, DataConfig(include_texts=is_kept), None, "l")
+    several, separated = _quality(open_store(), dataset, is_shown).warnings
     assert several.startswith("Texts with several labels: 1 (")
     assert ("'Jane Doe called': 'late' and 'lost' and 'yes, please'" in several) == (is_kept and is_shown)
     assert ("Jane" in several, "please" in separated) == (is_kept and is_shown, is_shown)

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from infra.store.opening import open_store
 from tasks.adaptation.run import find_repeat, identify_base
 from tasks.base import lend_base
-from tasks.context import current_store
 from tasks.references import DatasetRef
 from tests.stored_versions import move, put_version, version
 
@@ -19,20 +19,20 @@ NOW = DatasetRef(
 
 
 def test_rows_that_were_split_otherwise_are_a_repeat_of_what_was_left_behind(home: Path) -> None:
-    store = current_store()
+    store = open_store()
     for number, landed_sha256 in ((1, "first"), (2, "x"), (3, "other")):
         split = f"split as of then {number}"
         parent = 1 if number > 1 else None
         put_version(store, version(number, parent, accepted=True, dataset_sha256=split, landed_sha256=landed_sha256))
     move(store, "1")
-    assert find_repeat(NOW, "l") is None, "a version that was overtaken before it was promoted is trained anew"
+    assert find_repeat(store, NOW, "l") is None, "a version that was overtaken before it was promoted is trained anew"
     move(store, "2")
     move(store, "1", "rolled back")
-    found = find_repeat(NOW, "l")
+    found = find_repeat(store, NOW, "l")
     assert found is not None and (found.version, found.standing) == ("2", "left behind")
-    assert find_repeat(NOW.model_copy(update={"landed_sha256": "y"}), "l") is None
+    assert find_repeat(store, NOW.model_copy(update={"landed_sha256": "y"}), "l") is None
     move(store, "2")
-    assert find_repeat(NOW, "l") is None, "its test rows were forgotten, and the arrival brings new ones"
+    assert find_repeat(store, NOW, "l") is None, "its test rows were forgotten, and the arrival brings new ones"
 
 
 def test_a_base_model_is_lent_with_the_quantization_of_its_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from deal_core.errors import StoreError
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from deal_core.evaluation.metrics import right_answers
 from infra.store.base import ObjectStore
-from infra.store.local import open_store
+from infra.store.opening import store_at
 from infra.versions import Version
 from tasks.lineage.frozen_rows import (
     ANSWERS_FILE,
@@ -82,7 +82,7 @@ def land(store: ObjectStore, rows: Path, task: str, sha256: str = "77") -> None:
 @pytest.fixture
 def store(tmp_path: Path) -> ObjectStore:
     """Test rows of two tasks, and the record of a version that knows both."""
-    found = open_store(tmp_path.as_uri())
+    found = store_at(tmp_path.as_uri())
     rows = [
         {"input": f"text {number} " + "x" * MAX_CHARS, "output": "yes", "sha256": digest(number)}
         for number in range(NUM_ROWS)

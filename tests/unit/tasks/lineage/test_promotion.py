@@ -13,8 +13,8 @@ from deal_core.errors import RegistryError
 from infra.branches import Branch, BranchEnd, Branches
 from infra.promotions import Move, PromotionLog
 from infra.store.format import write_format
+from infra.store.opening import open_store
 from infra.versions import Version, Versions
-from tasks.context import current_store
 from tasks.lineage.promotion import (
     find_left_behind,
     is_overtaken,
@@ -31,9 +31,9 @@ from tests.stored_versions import move, put_version, version
 def put(number: int, parent: int | None = None, **changes: Any) -> Version:
     """Store an accepted version that has learned an arrival of its own, and return it as the lineage has it now."""
     stored = version(number, parent, **{"accepted": True, "dataset_sha256": f"{number:064d}", **changes})
-    current_store().put_bytes(f"{stored.adapter_uri}/{WEIGHTS_FILE}", b"weights")
-    put_version(current_store(), stored)
-    found = Versions(current_store()).find("l", stored.version)
+    open_store().put_bytes(f"{stored.adapter_uri}/{WEIGHTS_FILE}", b"weights")
+    put_version(open_store(), stored)
+    found = Versions(open_store()).find("l", stored.version)
     assert found is not None
     return found
 
@@ -44,7 +44,7 @@ def versions(home: Path) -> None:
     for number, parent in ((1, None), (2, 1), (3, 1)):
         put(number, parent)
     for number in ("1", "2"):
-        move(current_store(), number)
+        move(open_store(), number)
 
 
 @pytest.mark.usefixtures("versions")
@@ -60,32 +60,32 @@ def versions(home: Path) -> None:
 )
 def test_what_does_not_fit_is_refused_with_a_command_for_its_lineage(decide: Any, version: str, remedy: str) -> None:
     with pytest.raises(RegistryError) as refused:
-        decide("l", version, who="tester", why="a test")
+        decide(open_store(), "l", version, who="tester", why="a test")
     assert remedy in str(refused.value)
 
 
 @pytest.mark.usefixtures("versions")
 def test_a_version_of_an_open_branch_is_not_rejected() -> None:
-    store = current_store()
+    store = open_store()
     write_format(store)
     branches = Branches(store)
     branch = Branch(lineage="l", number=1, who="Ada", root="1", champion="2", arrivals={}, base_model="b")
     branches.begin(branch)
     put(4, 1, branch=1, remakes="2")
     with pytest.raises(RegistryError) as refused:
-        reject_version("l", "4", who="tester", why="a test")
+        reject_version(store, "l", "4", who="tester", why="a test")
     assert refused.value.code == "branch-open" and "deal lineage branch l --give-up" in str(refused.value)
     branches.end(branch, BranchEnd(outcome="given up", who="Ada"))
-    assert reject_version("l", "4", who="tester", why="a test").action == "rejected"
+    assert reject_version(store, "l", "4", who="tester", why="a test").action == "rejected"
 
 
 def champion() -> str | None:
-    found = Versions(current_store()).champion("l")
+    found = Versions(open_store()).champion("l")
     return found and found.version
 
 
 def test_a_run_promotes_its_version_once_and_none_that_a_person_refused_or_another_has_overtaken(home: Path) -> None:
-    store = current_store()
+    store = open_store()
 
     def promote(number: str) -> None:
         version = Versions(store).find("l", number)
@@ -96,11 +96,11 @@ def test_a_run_promotes_its_version_once_and_none_that_a_person_refused_or_anoth
         put(number, number - 1 or None)
         promote(str(number))
         assert champion() == str(number)
-    roll_back("l", None, who="tester", why="a test")
+    roll_back(store, "l", None, who="tester", why="a test")
     promote("2")  # its run is started again
     assert champion() == "1" and left_behind() == ["2"]
     put(3, 1)
-    reject_version("l", "3", who="tester", why="a test")
+    reject_version(store, "l", "3", who="tester", why="a test")
     assert is_overtaken(store, put(4, 2)) and not is_overtaken(store, put(5, 1))
     for number in ("3", "4"):
         with pytest.raises(RegistryError):
@@ -111,20 +111,20 @@ def test_a_run_promotes_its_version_once_and_none_that_a_person_refused_or_anoth
 @pytest.mark.usefixtures("versions")
 def test_a_person_goes_back_to_a_version_that_served_also_after_a_rollback() -> None:
     for number in ("1", "2"):
-        assert roll_back("l", number, who="tester", why="a test").champion == champion() == number
+        assert roll_back(open_store(), "l", number, who="tester", why="a test").champion == champion() == number
 
 
 def left_behind() -> list[str]:
-    return [each.version for each in find_left_behind("l")]
+    return [each.version for each in find_left_behind(open_store(), "l")]
 
 
 def test_a_version_that_awaited_approval_while_the_champion_moved_is_left_behind(home: Path) -> None:
     put(1)
     second = put(2, 1, needs_approval=True)
-    move(current_store(), "1")
+    move(open_store(), "1")
     assert left_behind() == []
     put(3, 1)
-    move(current_store(), "3")
+    move(open_store(), "3")
     assert left_behind() == ["2"]
     put(4, 3, needs_approval=True, dataset_sha256=second.dataset_sha256)
     assert left_behind() == [], "it can be promoted"
@@ -133,7 +133,7 @@ def test_a_version_that_awaited_approval_while_the_champion_moved_is_left_behind
 def test_an_arrival_stays_left_behind_when_its_adapter_is_gone_and_drops_out_when_its_rows_were_deleted(
     home: Path,
 ) -> None:
-    store = current_store()
+    store = open_store()
     for number in (1, 2, 3):
         put(number, number - 1 or None)
         move(store, str(number))
@@ -152,7 +152,7 @@ def test_an_arrival_stays_left_behind_when_its_adapter_is_gone_and_drops_out_whe
 def test_who_goes_back_to_a_version_whose_adapter_goes_meanwhile_is_refused_and_the_champion_stays(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, add = current_store(), PromotionLog.add
+    store, add = open_store(), PromotionLog.add
     for number in (1, 2):
         put(number, number - 1 or None)
         move(store, str(number))
@@ -163,7 +163,7 @@ def test_who_goes_back_to_a_version_whose_adapter_goes_meanwhile_is_refused_and_
 
     monkeypatch.setattr(PromotionLog, "add", add_after_a_note)
     with pytest.raises(RegistryError):
-        roll_back("l", "1", who="tester", why="a test")
+        roll_back(store, "l", "1", who="tester", why="a test")
     assert champion() == "2"
 
 
@@ -171,18 +171,18 @@ def test_an_arrival_whose_version_is_tried_on_live_traffic_is_not_left_behind(ho
     put(1)
     second = put(2, 1)
     put(3, 1)
-    move(current_store(), "3")
+    move(open_store(), "3")
     assert left_behind() == ["2"]
     put(4, 3, dataset_sha256=second.dataset_sha256)
-    move(current_store(), "4", "rollout", rollout="shadow")
+    move(open_store(), "4", "rollout", rollout="shadow")
     assert left_behind() == [], "it may become champion"
 
 
 def test_the_same_rows_under_another_split_are_left_behind_no_more(home: Path) -> None:
     first, second, third = put(1), put(2, 1, landed_sha256="x"), put(3, 1, landed_sha256="x")
-    move(current_store(), "1")
+    move(open_store(), "1")
     assert left_behind() == ["3"], "each arrival once"
-    move(current_store(), "3")
+    move(open_store(), "3")
     assert left_behind() == []
     assert left_behind_by([second, first], [third, first]) == ()
 
@@ -190,7 +190,7 @@ def test_the_same_rows_under_another_split_are_left_behind_no_more(home: Path) -
 def test_rows_that_landed_again_to_judge_the_task_are_left_behind(home: Path) -> None:
     """The version rolled back to has learned the rows, and cannot be judged by them."""
     first, second, third = put(1), put(2, 1, landed_sha256="x"), put(3, 2, landed_sha256="x")
-    move(current_store(), "2")
+    move(open_store(), "2")
     assert left_behind() == ["3"]
     assert [each.version for each in left_behind_by([third, second, first], [second, first])] == ["3"]
 
@@ -200,5 +200,5 @@ def test_what_a_requeue_learned_stands_for_the_version_that_it_was_asked_for(hom
     put(1)
     second = put(2, 1, landed_sha256="x")
     put(3, 1, landed_sha256="y", requeued_sha256=second.dataset_sha256)
-    move(current_store(), "3")
+    move(open_store(), "3")
     assert left_behind() == []

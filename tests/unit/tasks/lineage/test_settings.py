@@ -18,11 +18,11 @@ from deal_core.errors import ConfigError
 from deal_core.judging_config import GateConfig
 from deal_pipeline.cli.app import app
 from deal_pipeline.cli.session import Session
+from flows.adapt import AskedSpec
 from infra.lineage_state import read_state
 from infra.store.base import ObjectStore
 from infra.store.local import FileStore
 from tasks.lineage.settings import (
-    AskedSpec,
     parse_settings,
     pause_lineage,
     read_lineage,

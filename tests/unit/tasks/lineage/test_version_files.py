@@ -22,9 +22,9 @@ from infra.run_journal import RunJournal
 from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.store.format import write_format
 from infra.store.keys import adapter_scores_key
+from infra.store.opening import open_store
 from infra.versions import Versions
 from tasks.adaptation.resume import read_findings
-from tasks.context import current_store
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.frozen_rows import load_test_set, read_answers
 from tasks.lineage.record import FrozenRows, KnownTask, read_record
@@ -55,7 +55,7 @@ MANIFEST = DatasetManifest(
 )
 READERS: dict[str, Callable[[ObjectStore], Any]] = {
     f"{ADAPTER}/record.json": lambda store: read_record(store, THIRD),
-    f"{ADAPTER}/findings.json": lambda store: read_findings(ADAPTER),
+    f"{ADAPTER}/findings.json": lambda store: read_findings(store, ADAPTER),
     f"{ADAPTER}/answers.json": lambda store: read_answers(store, ADAPTER),
     "datasets/bank/77/manifest.json": lambda store: read_manifest(store, "datasets/bank/77"),
     "datasets/bank/77/test.parquet": lambda store: load_test_set(store, BANK),
@@ -73,7 +73,7 @@ READERS: dict[str, Callable[[ObjectStore], Any]] = {
 @pytest.fixture
 def store(home: Path) -> ObjectStore:
     """A store with an adapter, which is that of version 3."""
-    found = current_store()
+    found = open_store()
     write_format(found)
     found.put_bytes(f"{ADAPTER}/adapter_config.json", json.dumps(CONFIG).encode())
     save_file({"a": numpy.ones((64, 8), numpy.float32)}, weights_of(home))
@@ -109,7 +109,7 @@ def test_a_damaged_file_is_named_by_its_reader(store: ObjectStore, key: str, con
 def test_findings_without_a_part_are_damaged(store: ObjectStore) -> None:
     store.put_bytes(f"{ADAPTER}/findings.json", b'{"spec": {}, "dataset": {}, "training": {}}')
     with pytest.raises(StoreError, match=r"findings\.json, a file of version 3 of 'l', is damaged .*evaluation"):
-        read_findings(ADAPTER)
+        read_findings(store, ADAPTER)
 
 
 @pytest.mark.parametrize("name", ["record.json", "findings.json"])
