@@ -29,9 +29,6 @@ from deal_core.limits import (
 )
 from deal_core.safe_text import brief
 
-FORBID_UNKNOWN: dict[str, Any] = {"extra": "forbid"}
-
-
 MAX_RANK = 2**14
 """Hardly a base model has layers with more dimensions, which a rank cannot exceed."""
 RSLORA_ALPHA = 8.0
@@ -183,10 +180,14 @@ class TrainConfig:
         """Return how many of so many training rows are learned; the others are for validation."""
         return num_rows - (round(self.validation_share * num_rows) if num_rows >= MIN_VALIDATED else 0)
 
+    @property
+    def rows_per_step(self) -> int:
+        """New rows of an optimiser step."""
+        return self.batch_size * self.gradient_accumulation_steps
+
     def num_steps(self, num_rows: int) -> int:
-        """Optimiser steps for a task of which `num_rows` rows are learned."""
-        rows_per_step = self.batch_size * self.gradient_accumulation_steps
-        return self.max_steps or math.ceil(num_rows / rows_per_step) * self.num_epochs
+        """Return the optimiser steps for so many training rows, of which some may be for validation."""
+        return self.max_steps or math.ceil(self.num_learned(num_rows) / self.rows_per_step) * self.num_epochs
 
 
 PREFERENCE = "preference"

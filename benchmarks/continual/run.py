@@ -16,22 +16,21 @@ from filelock import FileLock
 
 from benchmarks.continual.cell import Cell, pack_answers
 from benchmarks.continual.suites import Rows, SuiteTask
+from benchmarks.method.asked import DealAsked, TaskTexts, further_rows
+from benchmarks.output import describe_machine
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.adapter.state import adapter_on, load_method_state
-from deal_core.base_model.device import describe_machine
 from deal_core.base_model.language_model import LanguageModel
 from deal_core.base_model.load import BaseModel
 from deal_core.data.prompts import encode_prompt
 from deal_core.evaluation.answering import ServedTask
-from deal_core.evaluation.general_ability import perplexity
 from deal_core.evaluation.label_scores import label_log_probs
 from deal_core.evaluation.report import outcome_text
 from deal_core.evaluation.score import evaluate_answers, evaluate_task
+from deal_core.general.perplexity import perplexity
 from deal_core.method_config import MethodConfig
 from deal_core.regular_file import complete_file
 from deal_core.selection.choose import choose_rows
-from deal_core.strategies import strategy_class
-from deal_core.strategies.strategy import TaskTexts
 from deal_core.training.train import KeptSource, TrainingSetup, train_adapter
 
 OnProgress = Callable[[float, float, str], None]
@@ -177,25 +176,25 @@ def _make_version(run: CellRun, number: int, stage: _Stage) -> None:
         rows = rows.select(chosen.rows)
     joined = [(run.tasks[name].schema, _rows(run, name)) for name in more]
     num_rows = len(rows) + sum(len(others) for _, others in joined)
-    num_steps = cell.train.num_steps(cell.train.num_learned(num_rows))
+    num_steps = cell.train.num_steps(num_rows)
 
     def on_log(step: int, _: Mapping[str, float]) -> None:
         run.on_progress(number + 0.7 * step / num_steps, num_versions, f"{first}: step {step} of {num_steps}")
 
-    asks_further_rows = not stage.is_together and strategy_class(cell.strategy).asks_further_rows
+    asks_further_rows = not stage.is_together and cell.strategy == DealAsked.name
     old_texts = [_further_rows(run, name) for name in stage.old] if asks_further_rows else []
-    result = train_adapter(
-        run.base,
-        rows,
-        setup,
-        parent_folder=parent_folder,
-        joined=joined,
-        kept=KeptSource(folder=before) if stage.is_together and before else None,
-        old_texts=old_texts,
-        output_folder=folder,
-        checkpoint_folder=run.work / f"{number}-checkpoints",
-        on_log=on_log,
-    )
+    with further_rows(old_texts):
+        result = train_adapter(
+            run.base,
+            rows,
+            setup,
+            parent_folder=parent_folder,
+            joined=joined,
+            kept=KeptSource(folder=before) if stage.is_together and before else None,
+            output_folder=folder,
+            checkpoint_folder=run.work / f"{number}-checkpoints",
+            on_log=on_log,
+        )
     trained = time.perf_counter()
     with adapter_on(run.base.model, folder) as model:
         scores = _score(run, model, _test_rows(run, stage.scored), number + 0.7, num_versions)

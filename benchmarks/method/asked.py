@@ -10,27 +10,56 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from deal_core.adapter.files import KEPT_ROWS, MethodState, Stores
+from deal_core.data.order import stratified_sample
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.metrics import number_labels, plain_answer
 from deal_core.limits import Count, Flag, Positive, ShareAboveZero, settings
 from deal_core.method_config import MethodConfig, RehearsalConfig
 from deal_core.strategies.deal import Deal
-from deal_core.strategies.kept_rows import choose_rows, labelled_rows, pack, unpack
-from deal_core.strategies.old_tasks import about_arrival, answered, tasks_to_ask
+from deal_core.strategies.kept_rows import pack, unpack
+from deal_core.strategies.old_tasks import about_arrival, answered, labelled_rows, tasks_to_ask
 from deal_core.strategies.rehearsal import Rehearsal, RehearsedRow, shuffled
-from deal_core.strategies.strategy import SEED_STRIDE, PlannedArrival, TaskContext, TaskTexts
+from deal_core.strategies.strategy import SEED_STRIDE, PlannedArrival, TaskContext
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskTexts:
+    """Further rows of an old task, which it was not trained on and which do not judge the version."""
+
+    task: TaskSchema
+    rows: Dataset
+    """Columns input and output."""
+    max_prompt_tokens: int
+    max_new_tokens: int
+    """Longest answer of the task. It is that of its first arrival, whatever later arrivals of other tasks have."""
+
+
+_FURTHER_ROWS: ContextVar[tuple[TaskTexts, ...]] = ContextVar("further rows", default=())
+
+
+@contextmanager
+def further_rows(texts: Iterable[TaskTexts]) -> Iterator[None]:
+    """Give `deal_asked` further rows of old tasks until the end of the block: only a benchmark has such rows."""
+    token = _FURTHER_ROWS.set(tuple(texts))
+    try:
+        yield
+    finally:
+        _FURTHER_ROWS.reset(token)
 
 
 @settings("strategy_options")
@@ -66,7 +95,7 @@ class AskedOptions:
         """Return the places of the rows of an arrival that are kept, given the answers of all of its rows."""
         num_kept = min(max(1, round(self.stored_share * len(answers))), self.max_stored_rows or len(answers))
         if self.balance_stored:
-            return choose_rows(answers, num_kept, seed)
+            return stratified_sample(answers, num_kept, seed)
         return random.Random(seed).sample(range(len(answers)), num_kept)
 
 
@@ -94,7 +123,6 @@ class DealAsked(Deal):
     name = "deal_asked"
     reads = ("deal",)
     Options = AskedOptions
-    asks_further_rows = True
     first_is_plain = False  # with texts stored or both, it keeps rows, which a shared first version lacks
     revision = 1
 
@@ -119,7 +147,7 @@ class DealAsked(Deal):
         options, context = self.options, self.context
         stored = [unpack(self._kept[name]) for name in sorted(self._kept)] if options.keeps_rows else []
         stored = [rows for rows in stored if rows]
-        own = [texts for texts in context.old_texts if options.texts == "own" and len(texts.rows)]
+        own = [texts for texts in _FURTHER_ROWS.get() if options.texts == "own" and len(texts.rows)]
         own = [texts for texts in own if texts.task.name != context.task.name]
         asks_arrival = options.texts in ("arrival", "own", "both")
         names = {texts.task.name for texts in own}
@@ -127,7 +155,7 @@ class DealAsked(Deal):
         olds: list[TaskSchema] = tasks_to_ask(others, context.task) if asks_arrival else []
         # every arrival asks in a new order; otherwise, with few steps, only the same few rows are asked
         seed = self.seed + SEED_STRIDE * (self.num_arrivals if own else len(stored))
-        num_put = options.rows_per_step * context.train.num_steps(len(context.encoded))
+        num_put = options.rows_per_step * context.num_steps
         num_put //= 2 if stored and asks_arrival else 1
 
         def num_each(tasks: Sequence[object]) -> int:

@@ -22,7 +22,7 @@ from deal_core.method_config import MethodConfig
 from deal_core.shown import Shown
 from deal_core.strategies import strategy_class
 from deal_core.strategies.old_tasks import longest_answer, tasks_to_ask
-from deal_core.strategies.strategy import KeptRows, Strategy
+from deal_core.strategies.strategy import KeptSize, Strategy
 
 FP32 = 4
 BYTES_OF = {"bf16": 2, "fp32": 4}
@@ -217,7 +217,7 @@ def longest_of(
     old_tasks: Sequence[TaskSchema],
     train: TrainConfig,
     num_rows: int,
-    kept: Mapping[str, KeptRows],
+    kept: Mapping[str, KeptSize],
 ) -> BatchShape:
     """Return a batch of `num_rows` rows that are as long as the longest training row.
 
@@ -229,7 +229,7 @@ def longest_of(
     """
     old_to_ask = tasks_to_ask([old for old in old_tasks if old.name not in kept], task)
     texts = _longest(tokenizer, rows["input"])
-    questions = [(asked, text, train.max_prompt_tokens) for asked in (task, *old_to_ask) for text in texts]
+    questions = [(schema, text, train.max_prompt_tokens) for schema in (task, *old_to_ask) for text in texts]
     prompts = [len(encode_prompt(tokenizer, *question)) for question in questions]
     num_prompt_tokens = max([*prompts, *(rows.longest_prompt for rows in kept.values())])
 
@@ -284,11 +284,10 @@ def find_remedies(memory_of: MemoryOf, train: TrainConfig, precision: str, limit
         change = "train.gradient_checkpointing: true" + " with torch_compile: false" * train.torch_compile
         changes.append((change, replace(train, gradient_checkpointing=True, torch_compile=False), precision))
     smaller = train
-    rows_per_step = train.batch_size * train.gradient_accumulation_steps
     least = train.num_processes  # each process has a row of every batch
     while smaller.batch_size > least:
         size = max(least, smaller.batch_size // 2 // least * least)
-        num_batches = -(-rows_per_step // size)
+        num_batches = -(-train.rows_per_step // size)
         smaller = replace(train, batch_size=size, gradient_accumulation_steps=num_batches)
         change = f"train.batch_size: {size} with gradient_accumulation_steps: {num_batches}"
         if memory_of(smaller, precision).total <= limit or size == least:

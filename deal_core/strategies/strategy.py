@@ -1,7 +1,22 @@
-"""The interface of all strategies.
+"""The interface of all strategies, and the order in which a training calls it.
 
-What a strategy needs is said by its class: what it reads, rehearses and holds. Commands read this before they know
-whether anything is to be learned, so torch is imported only in functions that compute.
+    strategy.prepare(model, state, context)      the model is still the parent version
+    rehearsal = strategy.rehearsal()             rows of old tasks, if there are any
+    for each optimiser step:
+        for each micro-batch of new rows:        loss of the objective → gradients of A and B
+        rehearsal.loss(model, step)              loss of this step's old rows → gradients are added
+        strategy.before_step()                   gradients of A and B → gradients of strategy.parameters()
+        strategy.penalty()                       its gradients are added
+        clip, AdamW                              a step of strategy.parameters()
+        strategy.after_step()                    parameters → A and B
+        strategy.checkpoint()                    after some steps; a resumed training begins with restore
+    strategy.finish()                            the state for the next arrival; the adapter holds the result
+
+`deal_core.training.trainer` is the loop. On an accelerator the old rows are read with the last micro-batch. The base
+class does nothing in its hooks, which is plain LoRA. `deal_core.strategies.replay` is the smallest method of its own.
+
+The class itself says what a strategy reads, rehearses and holds. Commands ask it before they know whether anything is
+learned, so torch is imported only in functions that compute.
 """
 
 from __future__ import annotations
@@ -32,21 +47,6 @@ SEED_STRIDE = 1_000_003
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskTexts:
-    """Further rows of an old task, which it was not trained on and which do not judge the version.
-
-    The benchmark alone has them, and gives them to a strategy that `asks_further_rows`.
-    """
-
-    task: TaskSchema
-    rows: Dataset
-    """Columns input and output."""
-    max_prompt_tokens: int
-    max_new_tokens: int
-    """Longest answer of the task. It is that of its first arrival, whatever later arrivals of other tasks have."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class TaskContext:
     """Data that a strategy may read when a task arrives."""
 
@@ -59,8 +59,8 @@ class TaskContext:
     """The same rows as tokens, columns prompt_ids, answer_ids, length and is_prompt_cut."""
     old_tasks: tuple[TaskSchema, ...]
     """Instructions and labels of the tasks that the parent has learned, in order; never their rows."""
-    old_texts: tuple[TaskTexts, ...] = ()
-    """Further rows of these tasks; see `TaskTexts`."""
+    num_steps: int
+    """Optimiser steps."""
     adapter: AdapterConfig
     """Shape of a lineage's first adapter."""
     train: TrainConfig
@@ -77,7 +77,7 @@ class TaskContext:
         )
 
 
-class KeptRows(NamedTuple):
+class KeptSize(NamedTuple):
     """The size of a task's kept rows."""
 
     num_rows: int
@@ -93,7 +93,7 @@ class PlannedArrival:
     task: TaskSchema
     old_tasks: tuple[TaskSchema, ...]
     """Empty for the first arrival of a lineage."""
-    kept: Mapping[str, KeptRows] = field(default_factory=dict)
+    kept: Mapping[str, KeptSize] = field(default_factory=dict)
     """For each old task whose rows the parent keeps, their size."""
     num_rows: int
     """Training rows that are trained on."""
@@ -114,11 +114,7 @@ class TensorNumbers:
 
 
 class Strategy:
-    """Hooks of the training loop. This base class is plain LoRA, continued from the parent's factors.
-
-    Order of calls: first prepare. Then, for every optimiser step: loss of the rehearsal, before_step (gradients are
-    accumulated by then), gradient of penalty, clip, step, after_step. At the end finish.
-    """
+    """Hooks of the training loop, see above. This base class is plain LoRA, continued from the parent's factors."""
 
     name: ClassVar[str]
     reads: ClassVar[tuple[str, ...]] = ()
@@ -126,8 +122,6 @@ class Strategy:
     Options: ClassVar[type[Any] | None] = None
     """The class of the strategy's own settings, `strategy_options` in a spec. It is made by
     `deal_core.limits.settings("strategy_options")`, so it checks them; None: there are none."""
-    asks_further_rows: ClassVar[bool] = False
-    """Whether the strategy gets `TaskContext.old_texts`. The benchmark alone has such rows."""
     first_is_plain: ClassVar[bool] = False
     """Whether the first version of a lineage is that of plain LoRA, if no rows are kept. The benchmark shares it."""
     revision: ClassVar[int] = 1
@@ -196,11 +190,16 @@ class Strategy:
         self.context = context
         self.num_arrivals = 0 if state is None else state.num_arrivals
 
+    @property
+    def arrival_seed(self) -> int:
+        """Seed of the random choices of this arrival; it differs from arrival to arrival."""
+        return self.seed + SEED_STRIDE * self.num_arrivals
+
     def fresh(self) -> torch.Generator:
-        """Return the generator of new slots' seeds. It is on the CPU, the same for every device; arrivals differ."""
+        """Return the generator of new slots' seeds. It is on the CPU, the same for every device."""
         import torch
 
-        return torch.Generator().manual_seed(self.seed + SEED_STRIDE * self.num_arrivals)
+        return torch.Generator().manual_seed(self.arrival_seed)
 
     def parameters(self) -> Sequence[nn.Parameter]:
         """Return the parameters that the optimiser trains."""

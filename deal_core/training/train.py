@@ -19,12 +19,14 @@ from deal_core.base_model.load import BaseModel
 from deal_core.base_model.sharding import shard_base
 from deal_core.config import MIN_VALIDATED, AdapterConfig, Shard, TrainConfig
 from deal_core.data.collate import encode_rows
+from deal_core.data.order import stratified_sample
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.method_config import MethodConfig
 from deal_core.strategies import make_strategy, strategy_class
+from deal_core.strategies.kept_rows import right_rows
 from deal_core.strategies.rehearsal import RehearsedRow
-from deal_core.strategies.strategy import TaskContext, TaskTexts
+from deal_core.strategies.strategy import TaskContext
 from deal_core.training.kernels import compiled_layers, set_attention
 from deal_core.training.objective import (
     AnswerLoss,
@@ -33,7 +35,7 @@ from deal_core.training.objective import (
     add_preferences,
     describe_preferences,
 )
-from deal_core.training.trainer import AdapterTrainer, OnCheckpoint, OnLog, find_checkpoint, training_arguments
+from deal_core.training.trainer import AdapterTrainer, OnCheckpoint, OnLog, find_checkpoint, step_of, training_arguments
 from deal_core.training.validation import Validation
 
 MIN_REPEATS = 4
@@ -101,7 +103,6 @@ def train_adapter(
     checkpoint_folder: Path,
     joined: Sequence[tuple[TaskSchema, Dataset]] = (),
     kept: KeptSource | None = None,
-    old_texts: Sequence[TaskTexts] = (),
     shard: Shard = "none",
     on_log: OnLog | None = None,
     on_checkpoint: OnCheckpoint | None = None,
@@ -119,7 +120,6 @@ def train_adapter(
         checkpoint_folder: Folder for the checkpoints.
         joined: Further tasks with their rows, learned in the same run; for joint training.
         kept: Kept rows that the result hands on to later versions; for joint training.
-        old_texts: Further rows of old tasks, for a strategy that asks for them.
         shard: base: each process keeps a part of the frozen base model; the model stays sharded after the call.
         on_log: Called after every optimiser step with the step and its loss and gradient norm. After a resume it is
             first called for the earlier steps.
@@ -139,9 +139,9 @@ def train_adapter(
     if joined and any(schema.learns_preferences for schema, _ in tasks):
         raise ConfigError("Preferences are learned alone, and joint training has several tasks; leave them out there.")
     encoded = _encode(tasks, more_rows, base, train)
-    num_rows = train.num_learned(len(encoded))
+    num_learned, num_steps = train.num_learned(len(encoded)), train.num_steps(len(encoded))
     rate = train.preference_learning_rate if task.learns_preferences else train.rate(base.model.num_parameters())
-    args = training_arguments(train, checkpoint_folder, num_rows, rate)
+    args = training_arguments(train, checkpoint_folder, num_steps, rate)
     if args.world_size != train.num_processes:
         raise ConfigError(
             f"train.num_processes is {train.num_processes}, but here {args.world_size} train; an adaptation starts its "
@@ -150,6 +150,7 @@ def train_adapter(
     if not base.is_quantized and shard == "none":  # a quantized model is on its device already and cannot be moved
         base.model.to(args.device)  # first, because the strategy creates its tensors on the factors' device
 
+    # the parent version with its method's state, or a new adapter
     usual_attention = base.model.config._attn_implementation
     parent_state: MethodState | None = None
     inherited: MethodState | None = None
@@ -167,24 +168,28 @@ def train_adapter(
             shard_base(model)
         if task.learns_preferences:  # the model is the parent version until the strategy prepares it
             encoded = add_preferences(encoded, rows, model, base.tokenizer, task, train)
+
+        # rows that are held back decide which step is kept
         validation = None
-        if num_rows < len(encoded):
-            learned, held_back = _divide(encoded, num_rows, train.seed)
+        if num_learned < len(encoded):
+            learned, held_back = _divide(encoded, num_learned, train.seed)
             validation = Validation(
                 encoded.select(held_back),
-                num_steps=args.max_steps,
-                steps_of_epoch=math.ceil(num_rows / (train.batch_size * train.gradient_accumulation_steps)),
+                num_steps=num_steps,
+                steps_of_epoch=math.ceil(num_learned / train.rows_per_step),
                 folder=checkpoint_folder,
             )
             encoded = encoded.select(learned)
             rows = rows.select([place for place in learned if place < len(rows)])
+
+        # the strategy prepares on the parent version, then the trainer calls it in every step
         context = TaskContext(
             base=base,
             task=task,
             rows=rows,
             encoded=encoded,
             old_tasks=setup.old_tasks,
-            old_texts=tuple(old_texts),
+            num_steps=num_steps,
             adapter=setup.adapter,
             train=train,
         )
@@ -211,11 +216,15 @@ def train_adapter(
         )
         with trainer.accelerator.main_process_first():  # it removes incomplete checkpoints
             checkpoint = find_checkpoint(checkpoint_folder)
+
+        # train from the last complete checkpoint, if a call before this one died
         started = time.perf_counter()
         products = nullcontext() if device_of(base.model).type in FP32_ON else base_precision(model)
         with products, compiled_layers(base.model) if train.torch_compile else nullcontext():
             trainer.run(checkpoint)
         seconds = time.perf_counter() - started
+
+        # the version: PEFT's files and the state that the next arrival gets
         state = replace(learner.finish(), num_arrivals=learner.num_arrivals + 1)
         if handed_on is not None:
             tensors = handed_on.kept_rows
@@ -223,18 +232,18 @@ def train_adapter(
         if args.process_index == 0:
             save_adapter(model, output_folder, state, base_name=base.name)
 
-        num_steps, log = trainer.state.global_step, trainer.state.log_history
-        resumed_from = None if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
-        rows_per_step = train.batch_size * train.gradient_accumulation_steps
-        seen, before = (_rows_until(step, num_rows, rows_per_step) for step in (num_steps, resumed_from or 0))
+        # figures and notes
+        steps_taken, log = trainer.state.global_step, trainer.state.log_history
+        resumed_from = None if checkpoint is None else step_of(checkpoint)
+        seen, before = (_rows_until(step, num_learned, train) for step in (steps_taken, resumed_from or 0))
         notes = [
             *learner.notes(),
-            *_validated(validation, train, num_rows, num_steps),
+            *_validated(validation, train, num_learned, steps_taken),
             *_lost(parent_state, state),
             *_cut(encoded, train, train.answer_tokens(task.labels)),
         ]
         return TrainingResult(
-            num_steps=num_steps,
+            num_steps=steps_taken,
             seconds=seconds,
             rows_per_second=(seen - before) / seconds if seconds > 0 else 0.0,
             losses=tuple((int(figures["step"]), float(figures["loss"])) for figures in log if "loss" in figures),
@@ -253,10 +262,8 @@ def train_adapter(
 
 def _divide(encoded: Dataset, num_learned: int, seed: int) -> tuple[list[int], list[int]]:
     """The places of the rows that are learned, and of those that are held back, with every answer in its share."""
-    from deal_core.strategies.kept_rows import choose_rows
-
     answers = [tuple(ids) for ids in encoded["answer_ids"]]
-    held_back = sorted(choose_rows(answers, len(encoded) - num_learned, seed))
+    held_back = sorted(stratified_sample(answers, len(encoded) - num_learned, seed))
     return sorted({*range(len(encoded))} - {*held_back}), held_back
 
 
@@ -280,7 +287,7 @@ def _encode(
     ]
     if not more_rows:
         return concatenate_datasets(encoded)
-    known = {
+    seen = {
         (tuple(prompt), tuple(answer))
         for part in encoded
         for prompt, answer in zip(part["prompt_ids"], part["answer_ids"], strict=True)
@@ -293,7 +300,7 @@ def _encode(
             "is_prompt_cut": False,
         }
         for row in more_rows
-        if (tuple(row.prompt_ids), tuple(row.answer_ids)) not in known
+        if (tuple(row.prompt_ids), tuple(row.answer_ids)) not in seen
     ]
     if new:
         encoded.append(Dataset.from_list(new))
@@ -304,16 +311,14 @@ def _kept_rows(kept: KeptSource | None) -> tuple[MethodState | None, list[Rehear
     """The state with the kept rows that are handed on, and those of them that are learned."""
     if kept is None:
         return None, []
-    from deal_core.strategies.kept_rows import right_rows
-
     state = load_method_state(kept.folder)
     return state, [row for task in kept.learned for row in right_rows(state.kept_rows, task)]
 
 
-def _rows_until(step: int, num_rows: int, rows_per_step: int) -> int:
+def _rows_until(step: int, num_rows: int, train: TrainConfig) -> int:
     """Rows that the first `step` optimiser steps have seen; the last step of an epoch may have fewer rows."""
-    epochs, steps = divmod(step, math.ceil(num_rows / rows_per_step))
-    return epochs * num_rows + steps * rows_per_step
+    epochs, steps = divmod(step, math.ceil(num_rows / train.rows_per_step))
+    return epochs * num_rows + steps * train.rows_per_step
 
 
 def _validated(validation: Validation | None, train: TrainConfig, num_rows: int, num_steps: int) -> Iterator[str]:

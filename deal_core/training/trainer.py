@@ -19,7 +19,7 @@ from accelerate.utils import broadcast, gather, reduce
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -33,7 +33,7 @@ from deal_core.regular_file import complete_file, flush_to_disk
 from deal_core.strategies.rehearsal import at_answers
 from deal_core.strategies.strategy import Strategy
 from deal_core.training.objective import Objective
-from deal_core.training.validation import VALIDATION_LOSS, Validation
+from deal_core.training.validation import VALIDATION_LOSS, Validation, save_tensors
 
 OnLog = Callable[[int, Mapping[str, float]], None]
 OnCheckpoint = Callable[[Path], None]
@@ -53,7 +53,7 @@ APART_ON = ("cpu",)
 read both at once unless the new ones share a prefix: a pass over a few rows takes about as long as one over many."""
 
 
-def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_rows: int, rate: float) -> TrainingArguments:
+def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_steps: int, rate: float) -> TrainingArguments:
     """Translate this project's settings into transformers' TrainingArguments. `rate` is that of the first step."""
     save_steps = train.checkpoint_steps
     args = TrainingArguments(
@@ -62,12 +62,12 @@ def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_rows: in
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         learning_rate=rate,
         lr_scheduler_type=train.schedule,
-        warmup_steps=round(train.warmup_share * train.num_steps(num_rows)),
+        warmup_steps=round(train.warmup_share * num_steps),
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
-        max_steps=train.num_steps(num_rows),
+        max_steps=num_steps,
         logging_steps=1,
-        save_strategy="steps" if 0 < save_steps < train.num_steps(num_rows) else "no",
+        save_strategy="steps" if 0 < save_steps < num_steps else "no",
         save_steps=max(save_steps, 1),
         save_total_limit=None,  # `_save_checkpoint` removes old ones
         seed=train.seed,
@@ -88,13 +88,9 @@ def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_rows: in
 class AdapterTrainer(Trainer):
     """Runs Trainer's loop with a strategy's parameters in the optimiser.
 
-    Order at every optimiser step: micro-batches as in plain LoRA → loss of the rehearsal, whose rows an accelerator
-    reads with the last micro-batch → strategy.before_step (gradients of the factors become gradients of the method's
-    parameters) → gradient of strategy.penalty → clip → AdamW → strategy.after_step.
-
-    With several processes, each takes its share of every batch and of the rehearsal. The gradients of the factors are
-    averaged over the processes; from before_step on, all processes do the same. Accelerate's wrapper averages them, or
-    this class does if the base model is sharded.
+    The order of a step is that of `deal_core.strategies.strategy`. With several processes, each takes its share of
+    every batch and of the rehearsal. The gradients of the factors are averaged over the processes; from before_step on,
+    all processes do the same. Accelerate's wrapper averages them, or this class does if the base model is sharded.
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the weight of the whole accumulated batch
@@ -141,7 +137,7 @@ class AdapterTrainer(Trainer):
         if checkpoint is not None and (checkpoint / STRATEGY_TENSORS).is_file():
             self.strategy.restore(load_file(checkpoint / STRATEGY_TENSORS))
         if self._validation is not None:
-            until = 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
+            until = 0 if checkpoint is None else step_of(checkpoint)
             earlier = [figures for figures in self._steps.read() if figures["step"] <= until]
             losses = [(int(step["step"]), step[VALIDATION_LOSS]) for step in earlier if VALIDATION_LOSS in step]
             self._validation.resume(checkpoint, losses)
@@ -287,12 +283,8 @@ class AdapterTrainer(Trainer):
 
     def _complete(self, folder: Path, steps: Sequence[Mapping[str, float]]) -> None:
         """Add to a checkpoint what this project keeps, and remove old checkpoints."""
-        tensors = self.strategy.checkpoint()
-        if tensors:
-            save_file(
-                {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()},
-                folder / STRATEGY_TENSORS,
-            )
+        if tensors := self.strategy.checkpoint():
+            save_tensors(tensors, folder / STRATEGY_TENSORS)
         self._steps.keep(steps)
         if self._validation is not None:
             self._validation.add_to(folder)
@@ -383,12 +375,17 @@ def _as_lines(steps: Sequence[Mapping[str, float]]) -> str:
     return "".join(json.dumps(figures) + "\n" for figures in steps)
 
 
+def step_of(checkpoint: Path) -> int:
+    """Return the step after which a checkpoint was written, from the name of its folder."""
+    return int(checkpoint.name.rsplit("-", 1)[1])
+
+
 def find_checkpoint(folder: Path) -> Path | None:
     """Return the newest complete checkpoint; remove incomplete ones that a killed process left."""
     checkpoints = {}
     for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         if (path / COMPLETE).is_file():
-            checkpoints[int(path.name.rsplit("-", 1)[1])] = path
+            checkpoints[step_of(path)] = path
         else:
             shutil.rmtree(path)
     return checkpoints[max(checkpoints)] if checkpoints else None

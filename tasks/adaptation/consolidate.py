@@ -144,7 +144,7 @@ def _seconds(store: ObjectStore, champion: Version, spec: AdaptSpec, num_rows: i
         trained = read_findings(store, champion.adapter_uri).training
     except StoreError:
         return None
-    steps = spec.train.num_steps(spec.train.num_learned(num_rows))
+    steps = spec.train.num_steps(num_rows)
     return steps * trained.seconds / trained.num_steps if trained.num_steps else None
 
 

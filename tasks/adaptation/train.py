@@ -66,7 +66,7 @@ def train_version(adaptation: AdaptationRun) -> TrainedAdapter:
         training, num_rows, notes = (_alone if adaptation.consolidation is None else _together)(store, adaptation)
         curve = LiveCurve(adaptation.run)
         try:
-            on_message = _on_message(curve, train.num_steps(train.num_learned(num_rows)))
+            on_message = _on_message(curve, train.num_steps(num_rows))
             result = train_within_memory(training, lambda job: _train(store, job, adaptation, on_message))
         finally:
             curve.keep(store)

@@ -9,8 +9,13 @@ from pathlib import Path
 import pytest
 
 from deal_core.errors import ConfigError
-from deal_core.evaluation.answering import InputRow, ServedVersion, read_served
-from deal_core.limits import MAX_ASKED_CHARS, MAX_ASKED_MESSAGES
+from deal_core.evaluation.answering import (
+    MAX_INPUT_CHARS,
+    MAX_INPUT_MESSAGES,
+    InputRow,
+    ServedVersion,
+    read_served,
+)
 
 
 @pytest.fixture
@@ -38,21 +43,21 @@ def test_what_lies_beside_the_adapter_is_read_back(served_folder: Path, version:
         (InputRow('[{"role": "\\ud800", "content": "a"}]', "help"), r"the role '\\ud800'"),
         (InputRow("half \ud800"), "half of a surrogate pair"),
         (InputRow('[{"role": "user", "content": "a", "tools": [{"\\udfff": 1}]}]', "help"), "half of a"),
-        (InputRow("a" * (MAX_ASKED_CHARS + 1)), "1,000,001 characters"),
+        (InputRow("a" * (MAX_INPUT_CHARS + 1)), "1,000,001 characters"),
         (
-            InputRow(json.dumps([{"role": "user", "content": "a"}] * (MAX_ASKED_MESSAGES + 1)), "help"),
+            InputRow(json.dumps([{"role": "user", "content": "a"}] * (MAX_INPUT_MESSAGES + 1)), "help"),
             "10,001 messages",
         ),
     ],
 )
 def test_a_row_that_cannot_be_asked_is_named(version: ServedVersion, row: InputRow, message: str) -> None:
     with pytest.raises(ConfigError, match=f"^Row 2 .*{message}"):
-        version.asked(row, 2)
+        version.task_and_input(row, 2)
 
 
 def test_what_is_asked_is_normalised_as_learned_rows_are(version: ServedVersion) -> None:
     asked = [
-        version.asked(row, 1)[1]
+        version.task_and_input(row, 1)[1]
         for row in (
             InputRow(" the sea\r\nis green\n"),
             InputRow(json.dumps([{"role": "user", "content": "a\r\nb "}]), "help"),
@@ -60,7 +65,7 @@ def test_what_is_asked_is_normalised_as_learned_rows_are(version: ServedVersion)
     ]
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add", "arguments": '{"a": 1}'}]}
     chat = [{"role": "user", "content": "a", "tools": [{"name": "add"}]}, call, {"role": "tool", "content": "2"}]
-    stored = json.loads(version.asked(InputRow(json.dumps(chat), "help"), 1)[1])
+    stored = json.loads(version.task_and_input(InputRow(json.dumps(chat), "help"), 1)[1])
     assert (stored[0], stored[2], stored[1]["content"]) == (chat[0], chat[2], "")
     assert stored[1]["tool_calls"] == [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
     assert asked == ["the sea\nis green", json.dumps([{"role": "user", "content": "a\nb "}])]
