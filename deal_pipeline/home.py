@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from contextvars import copy_context
@@ -223,23 +223,34 @@ class Home:
             result = TypeAdapter(training.result_type())
         return result.validate_python(train_in_child(training, self.place, reporter or self.reporter))
 
-    def run(self, flow: Any, *arguments: Any, in_prefect: bool = True, **options: Any) -> Any:
-        """Run a flow that trains nothing: as a flow run for a command, else as a plain function, without Prefect's API.
+    def run(
+        self,
+        work: Callable[..., Coroutine[Any, Any, Result]],
+        *arguments: Any,
+        flow: Callable[..., Coroutine[Any, Any, Result]] | None = None,
+        trains: bool = False,
+        **options: Any,
+    ) -> Result:
+        """Call a coroutine function in this process, without Prefect's API, and return its result.
 
         Args:
-            flow: The flow.
+            work: The function. It makes no version.
             arguments: Its arguments.
-            in_prefect: Without it, a command too runs the plain function.
+            flow: The same as a flow. A command calls it instead, so that Prefect has a run of it.
+            trains: Whether it needs the model in memory.
             options: Those of a command's runner.
 
         Raises:
-            DealError: The flow's error.
+            DealError: The function's error.
         """
         if self._runner is not None:
-            function = flow if in_prefect else flow.fn
-            return self._runner(lambda: function(*arguments), in_prefect=in_prefect, **options)
-        with self.opened_with_prefect(), self.computing() if options.get("trains") else nullcontext():
-            return in_thread(lambda: asyncio.run(flow.fn(*arguments)))
+            call = flow or work
+            result: Result = self._runner(
+                lambda: call(*arguments), in_prefect=flow is not None, trains=trains, **options
+            )
+            return result
+        with self.opened_with_prefect(), self.computing() if trains else nullcontext():
+            return in_thread(lambda: asyncio.run(work(*arguments)))
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -365,10 +376,9 @@ class Home:
             StoreError: The store does not answer, or something in it is damaged.
         """
         self.load("prefect", "infra.tracking.tracker")
-        from flows.forget import forget
+        from flows.forget import forget, forget_arrival
 
-        result: ForgetResult = self.run(forget, arrival, reason, doing="forgetting", makes_room=True)
-        return result
+        return self.run(forget_arrival, arrival, reason, flow=forget, doing="forgetting", makes_room=True)
 
     def collect(self, lineage: str | None = None, *, older_than: str = "30d", dry_run: bool = False) -> GcResult:
         """Remove what is no longer needed: checkpoints, old rejected adapters, stored training rows, old logs.
@@ -382,10 +392,9 @@ class Home:
             ConfigError: The age is none.
         """
         self.load("prefect")
-        from flows.gc import gc
+        from flows.gc import collect_garbage
 
-        result: GcResult = self.run(gc, lineage, older_than, dry_run, doing="looking", in_prefect=False)
-        return result
+        return self.run(collect_garbage, lineage, older_than, dry_run, doing="looking")
 
     def check(
         self,

@@ -262,10 +262,9 @@ class Lineage:
             IntegrityError: The version's adapter is damaged.
         """
         self.home.load("prefect")
-        from flows.champions import evaluate
+        from flows.champions import evaluate, score_again
 
-        scores: EvaluateResult = self.home.run(evaluate, self.name, _number(version), trains=True)
-        return scores
+        return self.home.run(score_again, self.name, _number(version), flow=evaluate, trains=True)
 
     def history(self) -> tuple[Version, ...]:
         """Return the versions, oldest first: what each learned, scores (0 to 1), the gate's decision, aliases.
@@ -442,11 +441,10 @@ class Lineage:
             DataValidationError: The file cannot be read.
         """
         self.home.load("prefect", "infra.tracking.tracker")
-        from flows.champions import monitor
+        from flows.champions import compare_traffic, monitor
 
         file = None if data is None else os.path.abspath(data)
-        result: MonitorResult = self.home.run(monitor, self.name, file, new_reference)
-        return result
+        return self.home.run(compare_traffic, self.name, file, new_reference, flow=monitor)
 
     # --- people's answers ---
 

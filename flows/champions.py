@@ -68,8 +68,7 @@ class EvaluateResult(VersionScores, frozen=True):
     seconds: float
 
 
-@flow(name="evaluate", flow_run_name="evaluate-{lineage}")
-async def evaluate(lineage: str, version: str | None = None) -> EvaluateResult:
+async def score_again(lineage: str, version: str | None = None) -> EvaluateResult:
     """Score a version on the frozen test rows of all its tasks. Report tasks on which it is worse than in its own run.
 
     Without a version, the champion is scored.
@@ -91,6 +90,10 @@ async def evaluate(lineage: str, version: str | None = None) -> EvaluateResult:
     return EvaluateResult(lineage=lineage, version=scored.version, seconds=seconds, **vars(scores))
 
 
+evaluate = flow(name="evaluate", flow_run_name="evaluate-{lineage}")(score_again)
+"""The same as a flow."""
+
+
 @flow(name="evaluate-champions")
 async def evaluate_champions(lineages: tuple[str, ...] = ()) -> list[EvaluateResult]:
     """Score the champions of several lineages, one after another.
@@ -101,8 +104,7 @@ async def evaluate_champions(lineages: tuple[str, ...] = ()) -> list[EvaluateRes
     return await for_each(lineages, lambda name: evaluate(name), "could not be scored")
 
 
-@flow(name="monitor", flow_run_name="monitor-{lineage}")
-async def monitor(lineage: str, data: str | None = None, new_reference: bool = False) -> MonitorResult:
+async def compare_traffic(lineage: str, data: str | None = None, new_reference: bool = False) -> MonitorResult:
     """Compare the live traffic of a lineage's champion with its reference. No model is needed.
 
     Args:
@@ -117,6 +119,10 @@ async def monitor(lineage: str, data: str | None = None, new_reference: bool = F
     for alarm in result.new_alarms:
         reporter().said(f"{lineage}, {alarm.task}: {alarm.kind}. {'; '.join(alarm.reasons)}")
     return result
+
+
+monitor = flow(name="monitor", flow_run_name="monitor-{lineage}")(compare_traffic)
+"""The same as a flow."""
 
 
 @flow(name="monitor-lineages")
