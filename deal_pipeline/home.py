@@ -48,27 +48,6 @@ Runner = Callable[..., Any]
 """Runs the coroutine that its first argument makes, in this process, which has entered the home, as a command does."""
 
 
-class _Lines:
-    """Shows a line for every finished stage and every remark. It is a `tasks.progress.Reporter`."""
-
-    def __init__(self, show: Show | None) -> None:
-        self._show = show
-
-    def stage_started(self, stage: str) -> None:
-        """Show nothing."""
-
-    def advanced(self, stage: str, done: float, total: float | None, detail: str = "") -> None:
-        """Show nothing."""
-
-    def stage_finished(self, stage: str, seconds: float, detail: str) -> None:
-        self.said(f"{stage:<9} {seconds:6.1f} s  {detail}")
-
-    def said(self, message: str) -> None:
-        if self._show is not None:
-            with suppress(Exception):  # the work goes on, whatever the caller does with a line
-                self._show(message)
-
-
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Keep remarks of libraries about themselves from the caller's screen; filters are as before after the block."""
@@ -102,6 +81,8 @@ class Home:
         environment: Mapping[str, str] | None = None,
         show: Show | None = print,
     ) -> None:
+        from tasks.progress import QuietReporter
+
         require(folder, str | os.PathLike | None, "the argument home", "the path of a folder")
         require(store, str | None, "the argument store", "an address such as s3://bucket/prefix")
         require(environment, Mapping | None, "the argument environment", "a dict of texts")
@@ -112,7 +93,15 @@ class Home:
             self._given["DEAL_HOME"] = os.path.abspath(os.path.expanduser(folder))
         if store is not None:
             self._given["DEAL_STORE_URI"] = store
-        self.reporter: Reporter = _Lines(show)
+
+        def show_line(line: str) -> None:
+            if show is not None:
+                with suppress(Exception):  # the work goes on, whatever the caller does with a line
+                    show(line)
+
+        self.reporter: Reporter = QuietReporter(
+            lambda stage, seconds, detail: show_line(f"{stage:<9} {seconds:6.1f} s  {detail}"), show_line
+        )
         self._runner: Runner | None = None
 
     @classmethod

@@ -120,17 +120,22 @@ class Lineage:
             ConfigError: The data or a setting cannot be used. Nothing is lost.
             DataValidationError: The whole file is refused.
         """
-        folder, tables = self.home.folder / "tables", list[Path]()
-        learned = _Learned(self.home.reporter)
-        is_needed = False
+        from tasks.progress import QuietReporter
+
+        folder, tables, are_needed = self.home.folder / "tables", list[Path](), False
+
+        def stage_finished(stage: str, seconds: float, detail: str) -> None:
+            nonlocal are_needed
+            # A run that dies after its training may still become a version: the lineage's next run completes it.
+            are_needed = are_needed or stage == "train"
+            self.home.reporter.stage_finished(stage, seconds, detail)
+
         try:
             spec = self._spec_of(data, task, test_data, settings, folder, tables, base_model=base, strategy=strategy)
-            result = self.learn(spec, force=force, reporter=learned)
-            is_needed = result.status != "repeat"
+            result = self.learn(spec, force=force, reporter=QuietReporter(stage_finished, self.home.reporter.said))
+            are_needed = are_needed or result.status != "repeat"  # a requeue reads the tables of a version again
         finally:
-            # A requeue reads the tables of a version again. A run that has died after its training may still become a
-            # version: the lineage's next run completes it.
-            if not (is_needed or learned.has_trained):
+            if not are_needed:
                 for table in tables:
                     with suppress(OSError):
                         table.unlink()
@@ -907,24 +912,3 @@ class Lineage:
 
 def _number(version: str | int | None) -> str | None:
     return None if version is None else str(version)
-
-
-class _Learned:
-    """Passes the progress of a training on, and notes whether the training has ended. It is a `Reporter`."""
-
-    def __init__(self, reporter: Reporter) -> None:
-        self._reporter = reporter
-        self.has_trained = False
-
-    def stage_started(self, stage: str) -> None:
-        self._reporter.stage_started(stage)
-
-    def advanced(self, stage: str, done: float, total: float | None, detail: str = "") -> None:
-        self._reporter.advanced(stage, done, total, detail)
-
-    def stage_finished(self, stage: str, seconds: float, detail: str) -> None:
-        self.has_trained = self.has_trained or stage == "train"
-        self._reporter.stage_finished(stage, seconds, detail)
-
-    def said(self, message: str) -> None:
-        self._reporter.said(message)
