@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from flows.relearn import RelearnPlan
     from flows.watch import WatchResult
     from infra.branches import KnownBranch
-    from infra.promotions import Decision, LeftBehind, Move
-    from infra.versions import Version
+    from infra.promotions import Move
+    from infra.versions import Decision, Version
     from tasks.arrivals import HeldArrival
     from tasks.lineage.consolidation import ConsolidationPlan, Start
     from tasks.lineage.requests import LabelsResult, RenewalResult
@@ -229,8 +229,8 @@ class Lineage:
         with self.home.opened() as store:
             return spec_from_values(store, {**(settings or {}), "task": arrival}, lineage=self.name, **options)
 
-    def left_behind(self) -> tuple[LeftBehind, ...]:
-        """Return the accepted arrivals that the champion has not learned, oldest first.
+    def left_behind(self) -> tuple[Version, ...]:
+        """Return the accepted versions whose arrivals the champion has not learned, oldest first.
 
         Raises:
             NoVersionError: The lineage has no version.
@@ -620,8 +620,8 @@ class Lineage:
         """Make an earlier version the champion again, at once; None: the one that the champion continues.
 
         Returns:
-            The move; `left_behind` are the arrivals that the champion has not learned now. For the other arguments see
-            `promote`.
+            The move; `left_behind` are the versions whose arrivals the champion has not learned now. For the other
+            arguments see `promote`.
 
         Raises:
             RegistryError: There is no such version, or the gate has rejected it.

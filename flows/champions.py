@@ -10,8 +10,8 @@ from prefect import flow
 
 from deal_core.errors import DealError, in_one_line
 from flows.promote import tell
-from infra.promotions import Decision, PromotionLog
-from infra.versions import ROLLOUT, Versions
+from infra.promotions import PromotionLog
+from infra.versions import ROLLOUT, Decision, Versions
 from tasks.adaptation.evaluate import score_version
 from tasks.context import current_store
 from tasks.lineage.history import find_version, known_lineages

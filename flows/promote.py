@@ -11,7 +11,7 @@ from pydantic import StringConstraints
 from deal_core.errors import in_one_line
 from deal_core.safe_text import listed
 from flows.mlflow import mirror
-from infra.promotions import Decision
+from infra.versions import Decision
 from tasks.lineage.promotion import (
     Verdict,
     announce_decision,

@@ -14,7 +14,7 @@ from deal_core.errors import ConfigError
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, MatrixJson
 from deal_core.judging_config import GateConfig
 from flows.adapt import adapt
-from flows.adapt_result import AdaptResult, Scores
+from flows.adapt_result import AdaptResult
 from infra.versions import Versions, champion_of
 from tasks.context import current_store
 from tasks.lineage.record import read_record
@@ -45,7 +45,6 @@ class LineageOutcome(BaseModel, frozen=True):
     """The version that serves; None: no version passed the gate."""
     matrix: MatrixJson | None
     """The newest version's accuracy matrix, whether the gate accepted it or not."""
-    scores: Scores | None
     runs: tuple[AdaptResult, ...]
     """The adaptations, in their order."""
 
@@ -124,7 +123,6 @@ def _outcome(lineage: LineageSpec, runs: Sequence[AdaptResult]) -> LineageOutcom
         strategy=str(lineage.strategy),
         champion=champion.version if champion else None,
         matrix=matrix.to_json() if matrix else None,
-        scores=Scores.of(matrix) if matrix else None,
         runs=tuple(runs),
     )
 

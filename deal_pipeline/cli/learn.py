@@ -50,7 +50,7 @@ def show_demo(result: DemoResult, home: Path) -> Sequence[RenderableType]:
     for outcome in result.outcomes:
         if outcome.champion is None:
             shown.append(f"[red]No version of {outcome.lineage} has passed the gate.[/]")
-        if outcome.matrix is None or outcome.scores is None:
+        if outcome.matrix is None:
             continue
         shown += render_matrix(outcome.matrix, f"Accuracy of {outcome.lineage} ({outcome.strategy}), %")
         own: dict[str, str | None] = {
@@ -58,7 +58,7 @@ def show_demo(result: DemoResult, home: Path) -> Sequence[RenderableType]:
             "strategy": outcome.strategy,
             "champion": outcome.champion,
         }
-        comparison.append({**own, **named_scores(outcome.scores)})
+        comparison.append({**own, **named_scores(outcome.matrix)})
     shown += render(comparison, "In the end, %")
     for outcome in result.outcomes:
         for run in outcome.runs:

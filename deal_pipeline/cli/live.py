@@ -20,7 +20,7 @@ from deal_pipeline.cli.session import Column, CommandResult, LineageOption, Reas
 from deal_pipeline.cli.version import decided, show_decision
 
 if TYPE_CHECKING:
-    from infra.promotions import Decision
+    from infra.versions import Decision
     from tasks.monitoring.feedback import FeedbackResult
     from tasks.monitoring.harvest import HarvestResult
     from tasks.monitoring.look import MonitorResult

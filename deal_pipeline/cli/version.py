@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from deal_pipeline.results import ChampionAt, ShownVersion
     from flows.adapt_result import AdaptResult
     from flows.champions import EvaluateResult
-    from infra.promotions import Decision, LeftBehind, Move
-    from infra.versions import Version
+    from infra.promotions import Move
+    from infra.versions import Decision, Version
     from tasks.serving.export import Exported
     from tasks.serving.publish import Published
 
@@ -228,13 +228,13 @@ def requeue(
         Option("--all", help="Learn all arrivals that were left behind, and let those go on whose run was cancelled."),
     ] = False,
     lineage: LineageOption = "",
-) -> CommandResult[list[LeftBehind] | Annotated[list[AdaptResult], "with versions or --all"]]:
+) -> CommandResult[tuple[Version, ...] | Annotated[list[AdaptResult], "with versions or --all"]]:
     """List the arrivals that a rollback left behind, or learn them again."""
     learned = deal.lineage(lineage)
     if not (all_ or versions):
         left_behind = learned.left_behind()
         held = show_held(lineage, learned.held())
-        return CommandResult(list(left_behind), [*_show_left_behind(lineage, left_behind), *held])
+        return CommandResult(left_behind, [*_show_left_behind(lineage, left_behind), *held])
     if all_ and versions:
         raise ConfigError("Give either versions or --all, not both.")
     runs = learned.requeue(*versions or ())
@@ -242,7 +242,7 @@ def requeue(
     return CommandResult(runs, shown, rejected=any(run.rejected for run in runs))
 
 
-def _show_left_behind(lineage: str, left_behind: Sequence[LeftBehind]) -> Sequence[RenderableType]:
+def _show_left_behind(lineage: str, left_behind: Sequence[Version]) -> Sequence[RenderableType]:
     if not left_behind:
         return [f"The champion of {escape(lineage)} has learned every accepted arrival."]
     return [*render(left_behind, f"Left behind in {lineage}"), _remedy(lineage)]
