@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from contextvars import copy_context
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from tasks.lineage.settings import LineageWithPause
     from tasks.mlflow_mirror import Synced
     from tasks.progress import Reporter
-    from tasks.references import ScoredArrival
     from tasks.spec import AdaptSpec
 
 SCORED_ROWS = 20_000
@@ -88,11 +87,11 @@ class Home:
         require(environment, Mapping | None, "the argument environment", "a dict of texts")
         for name_or_value in (text for pair in (environment or {}).items() for text in pair):
             require(name_or_value, str, "the argument environment", "a dict of texts")
-        self._given = dict(environment or {})
+        self._variables = dict(environment or {})
         if folder is not None:
-            self._given["DEAL_HOME"] = os.path.abspath(os.path.expanduser(folder))
+            self._variables["DEAL_HOME"] = os.path.abspath(os.path.expanduser(folder))
         if store is not None:
-            self._given["DEAL_STORE_URI"] = store
+            self._variables["DEAL_STORE_URI"] = store
 
         def show_line(line: str) -> None:
             if show is not None:
@@ -117,7 +116,7 @@ class Home:
         from deal_pipeline.server.embedded import running_servers
         from infra.settings import Place, make_places_absolute
 
-        variables = {**os.environ, **self._given}
+        variables = {**os.environ, **self._variables}
         make_places_absolute(variables)
         folder = variables["DEAL_HOME"] = os.path.realpath(
             os.path.expanduser(variables.get("DEAL_HOME") or "deal-home")
@@ -331,8 +330,8 @@ class Home:
         from deal_pipeline.server.status import read_status
 
         place = self.place
-        is_told_of_a_server = self._runner is None and place.variables.get("PREFECT_API_URL")
-        with self.opened_with_prefect() if is_told_of_a_server else self.opened():
+        has_server = self._runner is None and place.variables.get("PREFECT_API_URL")
+        with self.opened_with_prefect() if has_server else self.opened():
             return in_thread(lambda: asyncio.run(read_status(self.folder, place.variables)))
 
     def arrivals(self) -> list[ListedArrival]:
@@ -412,6 +411,7 @@ class Home:
             DataValidationError: The file cannot be read.
         """
         from deal_pipeline.results import CheckedRows
+        from tasks.arrival_check import find_landed, score_rows
         from tasks.validate import validate
 
         first_rows: list[pa.RecordBatch] = []
@@ -429,7 +429,10 @@ class Home:
                 on_model=lambda done, total: self.reporter.advanced("labels", done, total),
                 on_rows=keep,
             )
-            arrival = self._score(spec, first_rows) if score and data.accepted else None
+            arrival = None
+            if score and data.accepted and (landed := find_landed(spec, first_rows)) is not None:
+                with self.computing():
+                    arrival = score_rows(landed)
             if not plan or not data.accepted:
                 return CheckedRows(data=data, plan=None, arrival=arrival)
             with self.computing():
@@ -437,16 +440,6 @@ class Home:
 
                 planned = plan_training(spec, device=device, probe=probe, on_progress=self.reporter.stage_started)
             return CheckedRows(data=data, plan=planned, arrival=arrival)
-
-    def _score(self, spec: AdaptSpec, rows: Sequence[pa.RecordBatch]) -> ScoredArrival | None:
-        """Let the champion answer the rows, if it knows their task and its base model is here."""
-        from tasks.arrival_check import find_landed, score_rows
-
-        landed = find_landed(spec, rows)
-        if landed is None:
-            return None
-        with self.computing():
-            return score_rows(landed)
 
 
 def in_thread(call: Callable[[], Result]) -> Result:

@@ -535,11 +535,11 @@ class Lineage:
             RegistryError: There is no champion, or no such version.
         """
         require(task, str | None, "the argument task", "the name of a task")
-        asked, number = as_texts(texts), _number(version)
+        inputs = as_texts(texts)
         with self.home.opened(), self.home.computing():
             from tasks.predict import predict_texts
 
-            return predict_texts(asked, lineage=self.name, task=task, version=number)
+            return predict_texts(inputs, lineage=self.name, task=task, version=_number(version))
 
     def answer(self, text: str, *, task: str | None = None, version: str | int | None = None) -> Answer:
         """Answer one text, and tell how: the prompt, the first tokens' logits, whether it is a label of the task.
@@ -901,8 +901,8 @@ class Lineage:
         """
         from deal_pipeline.training import GiveUp
 
-        known: KnownBranch = self.home.train(GiveUp(lineage=self.name, who=self.home.who), doing="ending")
-        return known
+        branch: KnownBranch = self.home.train(GiveUp(lineage=self.name, who=self.home.who), doing="ending")
+        return branch
 
     def _decided(self, decision: Decision, tells: bool) -> Decision:
         if tells and (remark := self.tell(decision)):

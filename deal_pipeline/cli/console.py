@@ -168,8 +168,8 @@ def show_adaptation(run: AdaptResult) -> Sequence[RenderableType]:
     if run.matrix is not None:
         scores = "   ".join(f"{name} [bold]{value}[/]" for name, value in named_scores(run.matrix).items())
         shown += [*render_matrix(run.matrix, f"Accuracy of {run.lineage}, %"), scores]
-        if told := scored_otherwise(run.metrics):
-            shown.append(escape(told))
+        if note := scored_otherwise(run.metrics):
+            shown.append(escape(note))
     shown.append(f"[bold {color}]{escape(run.message)}[/]")
     if run.status == "held":  # the message says why
         return [*shown, *render(run.contradictions)]

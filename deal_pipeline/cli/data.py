@@ -144,8 +144,8 @@ def delete(
     if not yes:
         confirm(deal, shown, "Remove all this? It cannot be undone.")
     done = deal.service.delete(arrival, reason=reason)
-    said = f"Arrival {done.plan.sha256[:12]} of {done.plan.task} was {done.tombstone.said}."
-    shown = [*show_forget_plan(done.plan, "Removed"), f"[bold]{escape(said)}[/]"]
+    sentence = f"Arrival {done.plan.sha256[:12]} of {done.plan.task} was {done.tombstone.said}."
+    shown = [*show_forget_plan(done.plan, "Removed"), f"[bold]{escape(sentence)}[/]"]
     if done.waits_for_mlflow:
         shown.append(
             f"[yellow]MLflow does not answer, and its reports of {escape(', '.join(done.waits_for_mlflow))} may still "
@@ -160,14 +160,14 @@ def _relearn(
     with deal.screen.working("looking"):
         from tasks.lineage.settings import only_lineage
 
-        learned = deal.lineage(lineage or os.environ.get("DEAL_LINEAGE") or only_lineage(deal.store))
-        plan = learned.plan_relearn(arrival, stops_serving=options["stops_serving"])
+        versions = deal.lineage(lineage or os.environ.get("DEAL_LINEAGE") or only_lineage(deal.store))
+        plan = versions.plan_relearn(arrival, stops_serving=options["stops_serving"])
     shown = [*show_forget_plan(plan.forget, "Would be removed", relearns=True), *show_branch_plan(plan)]
     if dry_run:
         return CommandResult(plan, shown)
     if not yes:
         confirm(deal, shown, "Remove the rows, and learn the rest again? It cannot be undone.")
-    done = learned.relearn(arrival, **options)
+    done = versions.relearn(arrival, **options)
     return CommandResult(
         done,
         [

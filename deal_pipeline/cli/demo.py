@@ -141,7 +141,7 @@ def _make_room(picture: Path) -> None:
 
 def _draw(outcomes: Sequence[LineageOutcome], picture: Path) -> Path | None:
     """Draw the first lineage's matrix, and next to it the second's if both learned the same tasks."""
-    matrices = [AccuracyMatrix.from_json(each.matrix) if each.matrix else None for each in outcomes]
+    matrices = [AccuracyMatrix.from_json(outcome.matrix) if outcome.matrix else None for outcome in outcomes]
     first, rival = [*matrices, None][:2]
     if first is None:
         return None

@@ -230,14 +230,14 @@ def requeue(
     lineage: LineageOption = "",
 ) -> CommandResult[tuple[Version, ...] | Annotated[list[AdaptResult], "with versions or --all"]]:
     """List the arrivals that a rollback left behind, or learn them again."""
-    learned = deal.lineage(lineage)
+    lineage_versions = deal.lineage(lineage)
     if not (all_ or versions):
-        left_behind = learned.left_behind()
-        held = show_held(lineage, learned.held())
+        left_behind = lineage_versions.left_behind()
+        held = show_held(lineage, lineage_versions.held())
         return CommandResult(left_behind, [*_show_left_behind(lineage, left_behind), *held])
     if all_ and versions:
         raise ConfigError("Give either versions or --all, not both.")
-    runs = learned.requeue(*versions or ())
+    runs = lineage_versions.requeue(*versions or ())
     shown = [line for run in runs for line in show_adaptation(run)] or _show_left_behind(lineage, ())
     return CommandResult(runs, shown, rejected=any(run.rejected for run in runs))
 
