@@ -322,8 +322,7 @@ class Home:
         self.load("prefect", "infra.tracking.tracker")
         from flows.mlflow import mirror_all
 
-        with self.opened_with_prefect():
-            return in_thread(lambda: asyncio.run(mirror_all(lineages)))
+        return self.run(mirror_all, lineages, doing="syncing")
 
     def status(self) -> Status:
         """Return what runs, waits, failed or is damaged: processes, lineages, and the runs of a Prefect server."""
