@@ -211,7 +211,7 @@ def _show_plan(plan: PlanResult) -> Sequence[RenderableType]:
         f"{plan.rows_per_step} a step{rehearsed}{kept}",
         f"Longest     {plan.longest_row_tokens} tokens, {plan.longest_answer_tokens} of them answer, {source}; "
         f"{plan.batch_rows} rows at once",
-        f"Steps       {plan.num_steps}, rate {plan.learning_rate:g} at first" + _time(plan),
+        f"Steps       {plan.num_steps}, rate {plan.learning_rate:g} at first" + _expected_time(plan),
     ]
     memory = {**plan.memory, "all": plan.total_bytes}
     shown += [
@@ -226,7 +226,7 @@ def _show_plan(plan: PlanResult) -> Sequence[RenderableType]:
     return [*shown, *(f"[yellow]{escape(note)}[/]" for note in plan.notes)]
 
 
-def _time(plan: PlanResult) -> str:
+def _expected_time(plan: PlanResult) -> str:
     if plan.expected_seconds is None or plan.seconds_per_step is None:
         return ""
     minutes, seconds = divmod(round(plan.expected_seconds), 60)

@@ -78,7 +78,9 @@ async def run_demo(
         DataValidationError: A file of the examples is refused.
     """
     _make_room(picture)
-    folder = examples or _examples_folder()
+    package = Path(__file__).parents[1]
+    installed, checkout = package / "examples", package.parent / "examples"
+    folder = examples or (installed if installed.is_dir() else checkout)
     if not folder.is_dir():
         raise ConfigError(f"The demo's example data is not in {folder}; install the project again, or use a checkout.")
     specs = [read_spec(folder / name / "spec.yaml") for name in ORDER]
@@ -104,12 +106,6 @@ async def run_demo(
         runs["demo"].append(await adapt(lineages[0].with_task(month)))
     outcomes = tuple(_outcome(lineage, runs[lineage.lineage]) for lineage in lineages)
     return DemoResult(outcomes=outcomes, picture=_draw(outcomes, picture))
-
-
-def _examples_folder() -> Path:
-    """The examples are in flows/ once installed, and next to the packages in a checkout."""
-    installed = Path(__file__).parents[1] / "examples"
-    return installed if installed.is_dir() else Path(__file__).parents[2] / "examples"
 
 
 def _outcome(lineage: LineageSpec, runs: Sequence[AdaptResult]) -> LineageOutcome:

@@ -185,7 +185,7 @@ def _show_status(status: Status) -> Sequence[RenderableType]:
     shown += render(status.lineages, "Lineages")
     shown += [f"  {escape(f'{state.lineage}: {state.run}')}" for state in status.lineages if state.run]
     shown += [f"  {escape(f'{state.lineage} {line.line()}')}" for state in status.lineages for line in state.waiting]
-    shown += [f"  {escape(line)}" for state in status.lineages if (line := _debts(state))]
+    shown += [f"  {escape(line)}" for state in status.lineages if (line := _lost_points(state))]
     shown += [f"  {escape(f'{state.lineage} live: {state.monitor}')}" for state in status.lineages if state.monitor]
     shown += [f"  {escape(f'{state.lineage} rollout: {state.rollout}')}" for state in status.lineages if state.rollout]
     shown += [f"  [yellow]•[/] {escape(state.branch)}" for state in status.lineages if state.branch]
@@ -205,7 +205,7 @@ def _show_status(status: Status) -> Sequence[RenderableType]:
     return shown
 
 
-def _debts(lineage: LineageStatus) -> str | None:
+def _lost_points(lineage: LineageStatus) -> str | None:
     """What the champion's tasks have lost since they were learned, in one line; None: nothing is worth a line."""
     lost = [f"{task} {points:.1f}" for task, points in lineage.debts.items() if points > 0]
     budget = "" if lineage.budget_points is None else f" (budget {lineage.budget_points:.1f} points)"

@@ -67,7 +67,7 @@ def list_versions(
         scores = versions.matrix().to_json()
         return CommandResult(scores, render_matrix(scores, f"Scores of {lineage}, %"))
     if at is not None:
-        when, zone = _time(at)
+        when, zone = _read_time(at)
         then = versions.champion_at(when)
         text = f"version {then.champion} was champion" if then.champion else "no version was champion"
         return CommandResult(then, [f"At {then.at}{zone}, {text}."])
@@ -83,7 +83,7 @@ def list_versions(
     return CommandResult(entries, shown)
 
 
-def _time(text: str) -> tuple[datetime, str]:
+def _read_time(text: str) -> tuple[datetime, str]:
     """Read a time. Without a zone it is local, and the second text says so."""
     try:
         when = datetime.fromisoformat(text)
