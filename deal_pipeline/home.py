@@ -41,8 +41,6 @@ _model = threading.RLock()
 """Held by whoever uses the base model in memory, which can have one adapter at a time."""
 Result = TypeVar("Result")
 Show = Callable[[str], object]
-
-
 Runner = Callable[..., Any]
 """Runs the coroutine that its first argument makes, in this process, which has entered the home, as a command does."""
 
@@ -216,7 +214,7 @@ class Home:
         work: Callable[..., Coroutine[Any, Any, Result]],
         *arguments: Any,
         flow: Callable[..., Coroutine[Any, Any, Result]] | None = None,
-        trains: bool = False,
+        computes: bool = False,
         **options: Any,
     ) -> Result:
         """Call a coroutine function in this process, without Prefect's API, and return its result.
@@ -225,7 +223,7 @@ class Home:
             work: The function. It makes no version.
             arguments: Its arguments.
             flow: The same as a flow. A command calls it instead, so that Prefect has a run of it.
-            trains: Whether it needs the model in memory.
+            computes: Whether it needs the model in memory.
             options: Those of a command's runner.
 
         Raises:
@@ -234,10 +232,10 @@ class Home:
         if self._runner is not None:
             call = flow or work
             result: Result = self._runner(
-                lambda: call(*arguments), in_prefect=flow is not None, trains=trains, **options
+                lambda: call(*arguments), in_prefect=flow is not None, trains=computes, **options
             )
             return result
-        with self.opened_with_prefect(), self.computing() if trains else nullcontext():
+        with self.opened_with_prefect(), self.computing() if computes else nullcontext():
             return in_thread(lambda: asyncio.run(work(*arguments)))
 
     @contextmanager

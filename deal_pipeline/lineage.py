@@ -269,7 +269,7 @@ class Lineage:
         self.home.load("prefect")
         from flows.champions import evaluate, score_again
 
-        return self.home.run(score_again, self.name, _number(version), flow=evaluate, trains=True)
+        return self.home.run(score_again, self.name, _number(version), flow=evaluate, computes=True)
 
     def history(self) -> tuple[Version, ...]:
         """Return the versions, oldest first: what each learned, scores (0 to 1), the gate's decision, aliases.
