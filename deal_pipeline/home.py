@@ -213,7 +213,7 @@ class Home:
         self,
         work: Callable[..., Coroutine[Any, Any, Result]],
         *arguments: Any,
-        flow: Callable[..., Coroutine[Any, Any, Result]] | None = None,
+        flow: Callable[..., Any] | None = None,
         computes: bool = False,
         **options: Any,
     ) -> Result:
@@ -230,7 +230,7 @@ class Home:
             DealError: The function's error.
         """
         if self._runner is not None:
-            call = flow or work
+            call: Callable[..., Any] = flow or work
             result: Result = self._runner(
                 lambda: call(*arguments), in_prefect=flow is not None, trains=computes, **options
             )
