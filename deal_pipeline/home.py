@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from contextvars import copy_context
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from tasks.lineage.settings import LineageWithPause
     from tasks.mlflow_mirror import Synced
     from tasks.progress import Reporter
-    from tasks.references import ScoredArrival
     from tasks.spec import AdaptSpec
 
 SCORED_ROWS = 20_000
@@ -42,31 +41,8 @@ _model = threading.RLock()
 """Held by whoever uses the base model in memory, which can have one adapter at a time."""
 Result = TypeVar("Result")
 Show = Callable[[str], object]
-
-
 Runner = Callable[..., Any]
 """Runs the coroutine that its first argument makes, in this process, which has entered the home, as a command does."""
-
-
-class _Lines:
-    """Shows a line for every finished stage and every remark. It is a `tasks.progress.Reporter`."""
-
-    def __init__(self, show: Show | None) -> None:
-        self._show = show
-
-    def stage_started(self, stage: str) -> None:
-        """Show nothing."""
-
-    def advanced(self, stage: str, done: float, total: float | None, detail: str = "") -> None:
-        """Show nothing."""
-
-    def stage_finished(self, stage: str, seconds: float, detail: str) -> None:
-        self.said(f"{stage:<9} {seconds:6.1f} s  {detail}")
-
-    def said(self, message: str) -> None:
-        if self._show is not None:
-            with suppress(Exception):  # the work goes on, whatever the caller does with a line
-                self._show(message)
 
 
 @contextmanager
@@ -102,17 +78,27 @@ class Home:
         environment: Mapping[str, str] | None = None,
         show: Show | None = print,
     ) -> None:
+        from tasks.progress import QuietReporter
+
         require(folder, str | os.PathLike | None, "the argument home", "the path of a folder")
         require(store, str | None, "the argument store", "an address such as s3://bucket/prefix")
         require(environment, Mapping | None, "the argument environment", "a dict of texts")
         for name_or_value in (text for pair in (environment or {}).items() for text in pair):
             require(name_or_value, str, "the argument environment", "a dict of texts")
-        self._given = dict(environment or {})
+        self._variables = dict(environment or {})
         if folder is not None:
-            self._given["DEAL_HOME"] = os.path.abspath(os.path.expanduser(folder))
+            self._variables["DEAL_HOME"] = os.path.abspath(os.path.expanduser(folder))
         if store is not None:
-            self._given["DEAL_STORE_URI"] = store
-        self.reporter: Reporter = _Lines(show)
+            self._variables["DEAL_STORE_URI"] = store
+
+        def show_line(line: str) -> None:
+            if show is not None:
+                with suppress(Exception):  # the work goes on, whatever the caller does with a line
+                    show(line)
+
+        self.reporter: Reporter = QuietReporter(
+            lambda stage, seconds, detail: show_line(f"{stage:<9} {seconds:6.1f} s  {detail}"), show_line
+        )
         self._runner: Runner | None = None
 
     @classmethod
@@ -128,7 +114,7 @@ class Home:
         from deal_pipeline.server.embedded import running_servers
         from infra.settings import Place, make_places_absolute
 
-        variables = {**os.environ, **self._given}
+        variables = {**os.environ, **self._variables}
         make_places_absolute(variables)
         folder = variables["DEAL_HOME"] = os.path.realpath(
             os.path.expanduser(variables.get("DEAL_HOME") or "deal-home")
@@ -223,23 +209,34 @@ class Home:
             result = TypeAdapter(training.result_type())
         return result.validate_python(train_in_child(training, self.place, reporter or self.reporter))
 
-    def run(self, flow: Any, *arguments: Any, in_prefect: bool = True, **options: Any) -> Any:
-        """Run a flow that trains nothing: as a flow run for a command, else as a plain function, without Prefect's API.
+    def run(
+        self,
+        work: Callable[..., Coroutine[Any, Any, Result]],
+        *arguments: Any,
+        flow: Callable[..., Any] | None = None,
+        computes: bool = False,
+        **options: Any,
+    ) -> Result:
+        """Call a coroutine function in this process, without Prefect's API, and return its result.
 
         Args:
-            flow: The flow.
+            work: The function. It makes no version.
             arguments: Its arguments.
-            in_prefect: Without it, a command too runs the plain function.
+            flow: The same as a flow. A command calls it instead, so that Prefect has a run of it.
+            computes: Whether it needs the model in memory.
             options: Those of a command's runner.
 
         Raises:
-            DealError: The flow's error.
+            DealError: The function's error.
         """
         if self._runner is not None:
-            function = flow if in_prefect else flow.fn
-            return self._runner(lambda: function(*arguments), in_prefect=in_prefect, **options)
-        with self.opened_with_prefect(), self.computing() if options.get("trains") else nullcontext():
-            return in_thread(lambda: asyncio.run(flow.fn(*arguments)))
+            call: Callable[..., Any] = flow or work
+            result: Result = self._runner(
+                lambda: call(*arguments), in_prefect=flow is not None, trains=computes, **options
+            )
+            return result
+        with self.opened_with_prefect(), self.computing() if computes else nullcontext():
+            return in_thread(lambda: asyncio.run(work(*arguments)))
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -331,8 +328,8 @@ class Home:
         from deal_pipeline.server.status import read_status
 
         place = self.place
-        is_told_of_a_server = self._runner is None and place.variables.get("PREFECT_API_URL")
-        with self.opened_with_prefect() if is_told_of_a_server else self.opened():
+        has_server = self._runner is None and place.variables.get("PREFECT_API_URL")
+        with self.opened_with_prefect() if has_server else self.opened():
             return in_thread(lambda: asyncio.run(read_status(self.folder, place.variables)))
 
     def arrivals(self) -> list[ListedArrival]:
@@ -365,10 +362,9 @@ class Home:
             StoreError: The store does not answer, or something in it is damaged.
         """
         self.load("prefect", "infra.tracking.tracker")
-        from flows.forget import forget
+        from flows.forget import forget, forget_arrival
 
-        result: ForgetResult = self.run(forget, arrival, reason, doing="forgetting", makes_room=True)
-        return result
+        return self.run(forget_arrival, arrival, reason, flow=forget, doing="forgetting", makes_room=True)
 
     def collect(self, lineage: str | None = None, *, older_than: str = "30d", dry_run: bool = False) -> GcResult:
         """Remove what is no longer needed: checkpoints, old rejected adapters, stored training rows, old logs.
@@ -382,10 +378,9 @@ class Home:
             ConfigError: The age is none.
         """
         self.load("prefect")
-        from flows.gc import gc
+        from flows.gc import collect_garbage
 
-        result: GcResult = self.run(gc, lineage, older_than, dry_run, doing="looking", in_prefect=False)
-        return result
+        return self.run(collect_garbage, lineage, older_than, dry_run, doing="looking")
 
     def check(
         self,
@@ -414,6 +409,7 @@ class Home:
             DataValidationError: The file cannot be read.
         """
         from deal_pipeline.results import CheckedRows
+        from tasks.arrival_check import find_landed, score_rows
         from tasks.validate import validate
 
         first_rows: list[pa.RecordBatch] = []
@@ -432,7 +428,10 @@ class Home:
                 on_model=lambda done, total: self.reporter.advanced("labels", done, total),
                 on_rows=keep,
             )
-            arrival = self._score(store, spec, first_rows) if score and data.accepted else None
+            arrival = None
+            if score and data.accepted and (landed := find_landed(store, spec, first_rows)) is not None:
+                with self.computing():
+                    arrival = score_rows(store, landed)
             if not plan or not data.accepted:
                 return CheckedRows(data=data, plan=None, arrival=arrival)
             with self.computing():
@@ -442,16 +441,6 @@ class Home:
                     store, spec, device=device, probe=probe, on_progress=self.reporter.stage_started
                 )
             return CheckedRows(data=data, plan=planned, arrival=arrival)
-
-    def _score(self, store: ObjectStore, spec: AdaptSpec, rows: Sequence[pa.RecordBatch]) -> ScoredArrival | None:
-        """Let the champion answer the rows, if it knows their task and its base model is here."""
-        from tasks.arrival_check import find_landed, score_rows
-
-        landed = find_landed(store, spec, rows)
-        if landed is None:
-            return None
-        with self.computing():
-            return score_rows(store, landed)
 
 
 def in_thread(call: Callable[[], Result]) -> Result:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from flows.relearn import RelearnPlan
     from flows.watch import WatchResult
     from infra.branches import KnownBranch
-    from infra.promotions import Decision, LeftBehind, Move
-    from infra.versions import Version
+    from infra.promotions import Move
+    from infra.versions import Decision, Version
     from tasks.arrivals import HeldArrival
     from tasks.lineage.consolidation import ConsolidationPlan, Start
     from tasks.lineage.requests import LabelsResult, RenewalResult
@@ -120,17 +120,22 @@ class Lineage:
             ConfigError: The data or a setting cannot be used. Nothing is lost.
             DataValidationError: The whole file is refused.
         """
-        folder, tables = self.home.folder / "tables", list[Path]()
-        learned = _Learned(self.home.reporter)
-        is_needed = False
+        from tasks.progress import QuietReporter
+
+        folder, tables, are_needed = self.home.folder / "tables", list[Path](), False
+
+        def stage_finished(stage: str, seconds: float, detail: str) -> None:
+            nonlocal are_needed
+            # A run that dies after its training may still become a version: the lineage's next run completes it.
+            are_needed = are_needed or stage == "train"
+            self.home.reporter.stage_finished(stage, seconds, detail)
+
         try:
             spec = self._spec_of(data, task, test_data, settings, folder, tables, base_model=base, strategy=strategy)
-            result = self.learn(spec, force=force, reporter=learned)
-            is_needed = result.status != "repeat"
+            result = self.learn(spec, force=force, reporter=QuietReporter(stage_finished, self.home.reporter.said))
+            are_needed = are_needed or result.status != "repeat"  # a requeue reads the tables of a version again
         finally:
-            # A requeue reads the tables of a version again. A run that has died after its training may still become a
-            # version: the lineage's next run completes it.
-            if not (is_needed or learned.has_trained):
+            if not are_needed:
                 for table in tables:
                     with suppress(OSError):
                         table.unlink()
@@ -224,8 +229,8 @@ class Lineage:
         with self.home.opened() as store:
             return spec_from_values(store, {**(settings or {}), "task": arrival}, lineage=self.name, **options)
 
-    def left_behind(self) -> tuple[LeftBehind, ...]:
-        """Return the accepted arrivals that the champion has not learned, oldest first.
+    def left_behind(self) -> tuple[Version, ...]:
+        """Return the accepted versions whose arrivals the champion has not learned, oldest first.
 
         Raises:
             NoVersionError: The lineage has no version.
@@ -262,10 +267,9 @@ class Lineage:
             IntegrityError: The version's adapter is damaged.
         """
         self.home.load("prefect")
-        from flows.champions import evaluate
+        from flows.champions import evaluate, score_again
 
-        scores: EvaluateResult = self.home.run(evaluate, self.name, _number(version), trains=True)
-        return scores
+        return self.home.run(score_again, self.name, _number(version), flow=evaluate, computes=True)
 
     def history(self) -> tuple[Version, ...]:
         """Return the versions, oldest first: what each learned, scores (0 to 1), the gate's decision, aliases.
@@ -442,11 +446,10 @@ class Lineage:
             DataValidationError: The file cannot be read.
         """
         self.home.load("prefect", "infra.tracking.tracker")
-        from flows.champions import monitor
+        from flows.champions import compare_traffic, monitor
 
         file = None if data is None else os.path.abspath(data)
-        result: MonitorResult = self.home.run(monitor, self.name, file, new_reference)
-        return result
+        return self.home.run(compare_traffic, self.name, file, new_reference, flow=monitor)
 
     # --- people's answers ---
 
@@ -533,11 +536,11 @@ class Lineage:
             RegistryError: There is no champion, or no such version.
         """
         require(task, str | None, "the argument task", "the name of a task")
-        asked, number = as_texts(texts), _number(version)
+        inputs = as_texts(texts)
         with self.home.opened() as store, self.home.computing():
             from tasks.predict import predict_texts
 
-            return predict_texts(store, asked, lineage=self.name, task=task, version=number)
+            return predict_texts(store, inputs, lineage=self.name, task=task, version=_number(version))
 
     def answer(self, text: str, *, task: str | None = None, version: str | int | None = None) -> Answer:
         """Answer one text, and tell how: the prompt, the first tokens' logits, whether it is a label of the task.
@@ -619,8 +622,8 @@ class Lineage:
         """Make an earlier version the champion again, at once; None: the one that the champion continues.
 
         Returns:
-            The move; `left_behind` are the arrivals that the champion has not learned now. For the other arguments see
-            `promote`.
+            The move; `left_behind` are the versions whose arrivals the champion has not learned now. For the other
+            arguments see `promote`.
 
         Raises:
             RegistryError: There is no such version, or the gate has rejected it.
@@ -900,8 +903,8 @@ class Lineage:
         """
         from deal_pipeline.training import GiveUp
 
-        known: KnownBranch = self.home.train(GiveUp(lineage=self.name, who=self.home.who), doing="ending")
-        return known
+        branch: KnownBranch = self.home.train(GiveUp(lineage=self.name, who=self.home.who), doing="ending")
+        return branch
 
     def _decided(self, decision: Decision, tells: bool) -> Decision:
         if tells and (remark := self.tell(decision)):
@@ -911,24 +914,3 @@ class Lineage:
 
 def _number(version: str | int | None) -> str | None:
     return None if version is None else str(version)
-
-
-class _Learned:
-    """Passes the progress of a training on, and notes whether the training has ended. It is a `Reporter`."""
-
-    def __init__(self, reporter: Reporter) -> None:
-        self._reporter = reporter
-        self.has_trained = False
-
-    def stage_started(self, stage: str) -> None:
-        self._reporter.stage_started(stage)
-
-    def advanced(self, stage: str, done: float, total: float | None, detail: str = "") -> None:
-        self._reporter.advanced(stage, done, total, detail)
-
-    def stage_finished(self, stage: str, seconds: float, detail: str) -> None:
-        self.has_trained = self.has_trained or stage == "train"
-        self._reporter.stage_finished(stage, seconds, detail)
-
-    def said(self, message: str) -> None:
-        self._reporter.said(message)

@@ -86,10 +86,9 @@ def as_texts(texts: Any) -> list[str]:
     Raises:
         ConfigError: It is no text, list, tuple, pandas Series or array of texts (code "argument").
     """
-    wanted = "a text or a list of texts"
     if _is_of(texts, "pandas.Series") or _is_of(texts, "numpy.ndarray"):
         texts = texts.tolist()
-    require(texts, str | list | tuple, "the argument texts", wanted)
+    require(texts, str | list | tuple, "the argument texts", "a text or a list of texts")
     listed = [texts] if isinstance(texts, str) else list(texts)
     for number, text in enumerate(listed, start=1):
         require(text, str, f"text {number}", "a text")

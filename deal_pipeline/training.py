@@ -25,8 +25,8 @@ class _Training(BaseModel, frozen=True, extra="forbid"):
     def coroutine(self) -> Coroutine[Any, Any, Any]:
         """Return the flow's coroutine."""
         arguments = {name: getattr(self, name) for name in type(self).model_fields if name != "kind"}
-        running: Coroutine[Any, Any, Any] = resolve_name(self.flow)(**arguments)
-        return running
+        coroutine: Coroutine[Any, Any, Any] = resolve_name(self.flow)(**arguments)
+        return coroutine
 
     def result_type(self) -> Any:
         """Return the type of the flow's result."""

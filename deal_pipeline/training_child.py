@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from deal_core.errors import DealError
 
@@ -127,31 +127,6 @@ def _error_of(module: str, name: str, message: str, code: str) -> DealError:
     return error
 
 
-class _Messages:
-    """Tells the parent of the progress. It is a `tasks.progress.Reporter`."""
-
-    def __init__(self, pipe: IO[str]) -> None:
-        self._pipe = pipe
-        self._lock = threading.Lock()
-
-    def send(self, message: Mapping[str, Any]) -> None:
-        with self._lock, suppress(BrokenPipeError):  # the parent is gone, and the end of its pipe stops the training
-            self._pipe.write(json.dumps(message) + "\n")
-            self._pipe.flush()
-
-    def stage_started(self, stage: str) -> None:
-        """Tell nothing."""
-
-    def advanced(self, stage: str, done: float, total: float | None, detail: str = "") -> None:
-        """Tell nothing."""
-
-    def stage_finished(self, stage: str, seconds: float, detail: str) -> None:
-        self.send({"stage": stage, "seconds": seconds, "detail": detail})
-
-    def said(self, message: str) -> None:
-        self.send({"said": message})
-
-
 def _stop_with_parent() -> None:
     """Stop at the next step once the parent is gone."""
     sys.stdin.read()
@@ -159,29 +134,40 @@ def _stop_with_parent() -> None:
 
 
 def main() -> None:
-    """Run the training that the parent has written, and tell it the end."""
-    messages = _Messages(os.fdopen(os.dup(1), "w", encoding="utf-8"))
+    """Run the training that the parent has written, and send the parent its stages, its remarks and its end."""
+    pipe, lock = os.fdopen(os.dup(1), "w", encoding="utf-8"), threading.Lock()
     os.dup2(2, 1)  # what a library prints is no message
+
+    def send(**message: Any) -> None:
+        with lock, suppress(BrokenPipeError):  # the parent is gone, and the end of its pipe stops the training
+            pipe.write(json.dumps(message) + "\n")
+            pipe.flush()
+
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the parent with it ignored
     from pydantic import TypeAdapter
 
     from deal_pipeline.server.embedded import enter_home, explained
     from deal_pipeline.server.flow_run import STOPPED, run_flow
     from deal_pipeline.training import AnyTraining
+    from tasks.progress import QuietReporter
 
+    reporter = QuietReporter(
+        lambda stage, seconds, detail: send(stage=stage, seconds=seconds, detail=detail),
+        lambda message: send(said=message),
+    )
     home = None
     try:
         training: Training = TypeAdapter(AnyTraining).validate_json(sys.stdin.readline())
         threading.Thread(target=_stop_with_parent, daemon=True).start()
         home = enter_home(None)
-        result = run_flow(training.coroutine, home, messages, trains=True)
-        messages.send({"result": TypeAdapter(Any).dump_python(result, mode="json")})
+        result = run_flow(training.coroutine, home, reporter, trains=True)
+        send(result=TypeAdapter(Any).dump_python(result, mode="json"))
     except KeyboardInterrupt:
         sys.exit(STOPPED)
     except Exception as failure:
         error = explained(failure, home)
-        told = {"module": type(error).__module__, "name": type(error).__name__}
-        messages.send({"error": {**told, "message": str(error), "code": error.code}})
+        kind = type(error)
+        send(error={"module": kind.__module__, "name": kind.__name__, "message": str(error), "code": error.code})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, MatrixJson
+from deal_core.evaluation.accuracy_matrix import MatrixJson
 from deal_core.evaluation.arrival_check import ArrivalScore
 from deal_core.evaluation.report import AddedRows
 from infra.lineage_state import HeldByCheck
@@ -17,24 +17,6 @@ from tasks.adaptation.report import Findings
 from tasks.adaptation.run import AdaptationRun
 from tasks.progress import stage_times
 from tasks.references import Contradiction, DatasetRef
-
-
-class Scores(BaseModel, frozen=True):
-    """The scores of one version; None if undefined (a lineage of one task has no forgetting)."""
-
-    average_accuracy: float | None
-    """Mean accuracy on all tasks."""
-    forgetting: float | None
-    """Mean of what the earlier tasks have lost since their best version; below 0: a gain."""
-    backward_transfer: float | None
-    """Mean of what the earlier tasks have gained since they were learned."""
-    forward_transfer: float | None
-    """Mean of what a task had gained over the base model before it was learned."""
-
-    @classmethod
-    def of(cls, matrix: AccuracyMatrix) -> Scores:
-        """Return the scores of a matrix's last version."""
-        return cls(**{name: getattr(matrix, name) for name in cls.model_fields})
 
 
 class AdaptResult(BaseModel, frozen=True):
@@ -68,8 +50,6 @@ class AdaptResult(BaseModel, frozen=True):
     """Task → accuracy of the version on the task's test rows; empty if nothing was trained."""
     added: AddedRows | None = None
     """The test rows that the version adds to those of its task, and the scores on them."""
-    scores: Scores | None = None
-    """None: nothing was trained."""
     matrix: MatrixJson | None = None
     """The matrix up to the version; None: nothing was trained."""
     metrics: dict[str, str] = {}
@@ -158,7 +138,6 @@ def adapted(version: Version, findings: Findings) -> AdaptResult:
         arrival=version.arrival,
         accuracies=dict(report.accuracies),
         added=report.added,
-        scores=Scores.of(report.matrix),
         matrix=report.matrix.to_json(),
         metrics=dict(report.metrics),
         num_steps=summary.num_steps,

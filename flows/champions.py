@@ -10,10 +10,10 @@ from prefect import flow
 
 from deal_core.errors import DealError, in_one_line
 from flows.promote import tell
-from infra.promotions import Decision, PromotionLog
+from infra.promotions import PromotionLog
 from infra.store.base import ObjectStore
 from infra.store.opening import open_store
-from infra.versions import ROLLOUT, Versions
+from infra.versions import ROLLOUT, Decision, Versions
 from tasks.adaptation.evaluate import score_version
 from tasks.lineage.history import find_version, known_lineages
 from tasks.lineage.promotion import promote_to, reject_version
@@ -70,8 +70,7 @@ class EvaluateResult(VersionScores, frozen=True):
     seconds: float
 
 
-@flow(name="evaluate", flow_run_name="evaluate-{lineage}")
-async def evaluate(lineage: str, version: str | None = None) -> EvaluateResult:
+async def score_again(lineage: str, version: str | None = None) -> EvaluateResult:
     """Score a version on the frozen test rows of all its tasks. Report tasks on which it is worse than in its own run.
 
     Without a version, the champion is scored.
@@ -94,6 +93,10 @@ async def evaluate(lineage: str, version: str | None = None) -> EvaluateResult:
     return EvaluateResult(lineage=lineage, version=scored.version, seconds=seconds, **vars(scores))
 
 
+evaluate = flow(name="evaluate", flow_run_name="evaluate-{lineage}")(score_again)
+"""The same as a flow."""
+
+
 @flow(name="evaluate-champions")
 async def evaluate_champions(lineages: tuple[str, ...] = ()) -> list[EvaluateResult]:
     """Score the champions of several lineages, one after another.
@@ -104,8 +107,7 @@ async def evaluate_champions(lineages: tuple[str, ...] = ()) -> list[EvaluateRes
     return await for_each(open_store(), lineages, lambda name: evaluate(name), "could not be scored")
 
 
-@flow(name="monitor", flow_run_name="monitor-{lineage}")
-async def monitor(lineage: str, data: str | None = None, new_reference: bool = False) -> MonitorResult:
+async def compare_traffic(lineage: str, data: str | None = None, new_reference: bool = False) -> MonitorResult:
     """Compare the live traffic of a lineage's champion with its reference. No model is needed.
 
     Args:
@@ -120,6 +122,10 @@ async def monitor(lineage: str, data: str | None = None, new_reference: bool = F
     for alarm in result.new_alarms:
         reporter().said(f"{lineage}, {alarm.task}: {alarm.kind}. {'; '.join(alarm.reasons)}")
     return result
+
+
+monitor = flow(name="monitor", flow_run_name="monitor-{lineage}")(compare_traffic)
+"""The same as a flow."""
 
 
 @flow(name="monitor-lineages")

@@ -35,7 +35,7 @@ class ForgetResult(BaseModel, frozen=True):
 
 
 def plan_forget(store: ObjectStore, named: str) -> ForgetPlan:
-    """Return what `forget` would remove; change nothing.
+    """Return what `forget_arrival` would remove; change nothing.
 
     Args:
         store: The store, which has the arrival.
@@ -44,8 +44,7 @@ def plan_forget(store: ObjectStore, named: str) -> ForgetPlan:
     return plan_forgetting(store, find_arrival(store, named))
 
 
-@flow(name="forget")
-async def forget(named: str, reason: str = "") -> ForgetResult:
+async def forget_arrival(named: str, reason: str = "") -> ForgetResult:
     """Remove an arrival's rows from all places and splits.
 
     A first look at all places changes nothing, so a refusal leaves the store as it was. Then the digests of the inputs
@@ -85,6 +84,10 @@ async def forget(named: str, reason: str = "") -> ForgetResult:
                     await to_the_end(sync_lineage, store, lineage)
                 waiting = tuple(lineage for lineage in held if any(store.list(keys.mlflow_forget_folder(lineage))))
                 return ForgetResult(plan=plan, tombstone=tombstone, waits_for_mlflow=waiting)
+
+
+forget = flow(name="forget")(forget_arrival)
+"""The same as a flow."""
 
 
 def _note(

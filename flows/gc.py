@@ -34,8 +34,7 @@ class GcResult(BaseModel, frozen=True):
     """Lineages that failed, and why."""
 
 
-@flow(name="gc")
-async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool = False) -> GcResult:
+async def collect_garbage(lineage: str | None = None, older_than: str = "30d", dry_run: bool = False) -> GcResult:
     """Remove old work folders, rejected adapters, training rows, logs, and temporary files of killed processes.
 
     Logs are removed after DEAL_LOG_RETENTION_DAYS of this machine, and the small batches of younger logs are joined.
@@ -91,6 +90,10 @@ async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool 
         raise DealError(" ".join(f"Lineage '{name}': {problem}" for name, problem in problems.items()))
     num_bytes = sum(removal.num_bytes for removal in removals)
     return GcResult(dry_run=dry_run, removals=tuple(removals), num_bytes=num_bytes, busy=tuple(busy), problems=problems)
+
+
+gc = flow(name="gc")(collect_garbage)
+"""The same as a flow."""
 
 
 def parse_age(text: str) -> timedelta:

@@ -11,9 +11,9 @@ from pydantic import StringConstraints
 from deal_core.errors import in_one_line
 from deal_core.safe_text import listed
 from flows.mlflow import mirror
-from infra.promotions import Decision
 from infra.store.base import ObjectStore
 from infra.store.opening import open_store
+from infra.versions import Decision
 from tasks.lineage.promotion import (
     Verdict,
     announce_decision,

@@ -60,22 +60,6 @@ class Move(Change, Stored):
     when: Annotated[datetime, Shown(format="%Y-%m-%d %H:%M:%S")]
 
 
-class LeftBehind(BaseModel, frozen=True, from_attributes=True):
-    """A version that the champion does not continue, and the arrival that the version learned."""
-
-    version: Annotated[str, Shown()]
-    task: Annotated[str, Shown()]
-    dataset_sha256: Annotated[str, Shown("dataset", format=".12")]
-    """Digest of the arrival's dataset."""
-
-
-class Decision(Change):
-    """A move of the champion or a rejection, and what it leaves behind."""
-
-    left_behind: tuple[LeftBehind, ...] = ()
-    """Arrivals that only the earlier champion had learned; `deal version requeue` learns them again."""
-
-
 class PromotionLog:
     """The promotion logs of a store's lineages."""
 

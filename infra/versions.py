@@ -23,7 +23,7 @@ from deal_core.judging_config import RolloutTerms
 from deal_core.safe_text import without_secrets
 from deal_core.shown import Shown
 from infra.outcomes import Outcome, Standing
-from infra.promotions import ENDING, UNTIL_THEN, Move, PromotionLog, rollout_of
+from infra.promotions import ENDING, UNTIL_THEN, Change, Move, PromotionLog, rollout_of
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.stored import Stored, parse_stored, read_folder, reading_stored, write_stored
@@ -279,6 +279,13 @@ class Version(Stored):
         if self.approval == "awaiting":
             return "awaiting approval"
         return "promoted" if self.rollout is None else "rollout"
+
+
+class Decision(Change):
+    """A move of the champion or a rejection, and what it leaves behind."""
+
+    left_behind: tuple[Version, ...] = ()
+    """Versions whose arrivals only the earlier champion had learned; `deal version requeue` learns them again."""
 
 
 class _Files(Stored):

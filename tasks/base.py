@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +21,14 @@ from tasks.progress import advance
 from tasks.references import BaseRef
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from deal_core.base_model.load import BaseModel
 
 _loaded: dict[tuple[str, Quantize], BaseModel] = {}
 """The base model in memory, by source and quantization. There is at most one."""
+_attached: dict[tuple[BaseRef, str], PeftModel] = {}
+"""The adapter that stays on the base model in memory, by its base model and its digest. There is at most one."""
 
 
 def lend_base(reference: BaseRef) -> BaseModel:
@@ -34,6 +40,30 @@ def lend_base(reference: BaseRef) -> BaseModel:
     base = load(reference.source, reference.quantize)
     require_base(reference, base.sha256)
     return base
+
+
+def lend_with_adapter(
+    reference: BaseRef, adapter_sha256: str, borrow_folder: Callable[[], AbstractContextManager[Path]]
+) -> tuple[BaseModel, PeftModel]:
+    """Return a base model, and the same with an adapter, which stays on it until the base model is lent again.
+
+    Args:
+        reference: The base model.
+        adapter_sha256: Digest of the adapter.
+        borrow_folder: Gives the adapter's folder. It is called only if another adapter is on the model, or none.
+
+    Raises:
+        ConfigError: As of `lend_base`.
+        AdapterStateError: The adapter does not fit the base model.
+    """
+    from deal_core.adapter.state import load_adapter
+
+    key = reference, adapter_sha256
+    if key not in _attached:
+        base = lend_base(reference)
+        with borrow_folder() as folder:
+            _attached[key] = load_adapter(base.model, folder)
+    return _loaded[reference.source, reference.quantize], _attached[key]
 
 
 def lend_tokenizer(reference: BaseRef) -> Any:
@@ -60,17 +90,23 @@ def release_base() -> None:
     """Free the memory of the base model for other processes."""
     import torch
 
+    _attached.clear()
     _loaded.clear()
     gc.collect()
     torch.cuda.empty_cache()
 
 
 def load(source: str, quantize: Quantize) -> BaseModel:
-    """Return a base model, which stays in memory until another is loaded. With DEAL_SHARD it is on no device.
+    """Return a base model without an adapter. It stays in memory until another is loaded.
+
+    With DEAL_SHARD it is on no device.
 
     Raises:
         ConfigError: The model cannot be loaded or quantized; see `deal_core.base_model.load.load_base`.
     """
+    for model in _attached.values():
+        model.unload()
+    _attached.clear()
     key = source, quantize
     if key not in _loaded:
         from deal_core.base_model.load import load_base

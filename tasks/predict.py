@@ -27,7 +27,7 @@ from infra.store.base import ObjectStore
 from infra.store.keys import INBOX
 from infra.store.local import FileStore
 from infra.versions import Version
-from tasks.base import lend_base
+from tasks.base import lend_base, lend_with_adapter
 from tasks.context import only_process
 from tasks.lineage.history import find_version
 from tasks.lineage.model_card import served_task
@@ -105,8 +105,7 @@ def predict_texts(
     asked = Asked.find(store, lineage, task, version)
     served = served_task(asked.known)
     inputs = [served.readable(text, f"Text {number}") for number, text in enumerate(texts, start=1)]
-    with answering(store, asked) as answer:
-        return [given.text for given in answer(inputs, lambda num_rows: None)]
+    return [given.text for given in answering(store, asked)(inputs, lambda num_rows: None)]
 
 
 class FileAnswers(BaseModel, frozen=True):
@@ -196,7 +195,8 @@ def predict_file(
     checker = RowChecker(asked.known.schema, columns, max_text_chars=sys.maxsize)  # a long prompt is cut by tokens
     served = served_task(asked.known)
     num_bad = num_no_label = num_done = 0
-    with _alone(output), writing_answers(output, survey.types, names) as write, answering(store, asked) as answer:
+    with _alone(output), writing_answers(output, survey.types, names) as write:
+        answer = answering(store, asked)
         for rows in in_chunks(read_rows(data), CHUNK_ROWS):
             checked = checker.check_inputs(RowList(rows))
             texts = [text for text in checked if isinstance(text, str)]
@@ -236,9 +236,10 @@ def _alone(output: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
-@contextmanager
-def answering(store: ObjectStore, asked: Asked) -> Iterator[AnswerInputs]:
-    """Give a function from inputs to answers: the base model with the version's adapter."""
-    base, task = lend_base(asked.record.base), served_task(asked.known)
-    with borrowed_adapter(store, asked.info) as folder, adapter_on(base.model, folder) as model:
-        yield lambda inputs, on_rows: answer_inputs(model, base.tokenizer, task, inputs, on_rows)
+def answering(store: ObjectStore, asked: Asked) -> AnswerInputs:
+    """Return a function from inputs to answers: the base model with the version's adapter, which stays on it."""
+    base, model = lend_with_adapter(
+        asked.record.base, asked.info.adapter_sha256, lambda: borrowed_adapter(store, asked.info)
+    )
+    task = served_task(asked.known)
+    return lambda inputs, on_rows: answer_inputs(model, base.tokenizer, task, inputs, on_rows)

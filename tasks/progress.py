@@ -66,6 +66,27 @@ class LogReporter:
         logger.info("%s", message)
 
 
+class QuietReporter:
+    """Calls a function for each finished stage and one for each remark, and none for the progress within a stage."""
+
+    def __init__(self, on_stage: Callable[[str, float, str], object], on_remark: Callable[[str], object]) -> None:
+        self._on_stage, self._on_remark = on_stage, on_remark
+
+    def stage_started(self, stage: str) -> None:
+        """Call nothing."""
+
+    def advanced(self, stage: str, done: float, total: float | None, detail: str = "") -> None:
+        """Call nothing."""
+
+    def stage_finished(self, stage: str, seconds: float, detail: str) -> None:
+        """Call the function for stages."""
+        self._on_stage(stage, seconds, detail)
+
+    def said(self, message: str) -> None:
+        """Call the function for remarks."""
+        self._on_remark(message)
+
+
 @dataclass
 class _Context:
     reporter: Reporter = field(default_factory=LogReporter)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from deal_core.adapter.files import MethodState
 from deal_core.method_config import MethodConfig
@@ -30,7 +30,7 @@ class Deal(Replay):
     """
 
     name = "deal"
-    reads = ("deal", "rehearsal")
+    reads: ClassVar[tuple[str, ...]] = ("deal", "rehearsal")
     first_is_plain = True
     revision = 3  # rows of old tasks are kept and rehearsed with labels and the parent's answers
 

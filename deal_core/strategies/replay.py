@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from deal_core.adapter.files import MethodState, Stores
 from deal_core.method_config import MethodConfig
@@ -19,7 +19,7 @@ class Replay(Strategy):
     """SeqLoRA that keeps rows of every task it learns, and rehearses them while it learns another one."""
 
     name = "replay"
-    reads = ("rehearsal",)
+    reads: ClassVar[tuple[str, ...]] = ("rehearsal",)
     revision = 3  # the rows of `deal` are kept: fifty a task, every label in its share
 
     @property

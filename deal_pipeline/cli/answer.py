@@ -44,14 +44,14 @@ def predict(
     if text == "-":
         text = typer.get_text_stream("stdin").read().strip()
     with deal.screen.working("reading" if text is None else "predicting"):
-        asked = deal.lineage(lineage)
+        versions = deal.lineage(lineage)
         if text is not None:
-            answer = asked.answer(text, task=task, version=version)
+            answer = versions.answer(text, task=task, version=version)
             if answer.problem:
                 deal.screen.said(answer.problem)
             return CommandResult(answer, [escape(answer.answer)])
         assert data is not None
-        outcome = asked.predict_file(
+        answers = versions.predict_file(
             data,
             task=task,
             version=version,
@@ -59,7 +59,7 @@ def predict(
             column=column,
             on_progress=lambda done, total: deal.screen.advanced("answering", done, total),
         )
-    return CommandResult(outcome, [*map(escape, _about_file(outcome))])
+    return CommandResult(answers, [*map(escape, _about_file(answers))])
 
 
 def _about_file(result: FileAnswers) -> list[str]:

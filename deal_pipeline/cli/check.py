@@ -75,14 +75,15 @@ def init(
 
     name = re.sub(r"[^a-z0-9_-]+", "-", Path(file).stem.lower()).strip("-_") or "task" if task is None else task
     store = deal.store
-    asked, _ = spec_to_check(store, file, task=name, lineage=lineage, settings=settings or ())
-    data = validate(store, asked, on_progress=lambda done: deal.screen.advanced("reading", done, None))
+    full_spec, _ = spec_to_check(store, file, task=name, lineage=lineage, settings=settings or ())
+    data = validate(store, full_spec, on_progress=lambda done: deal.screen.advanced("reading", done, None))
     if not data.accepted:
         return CommandResult(NewSpec(spec=None, data=data), show_validation(data), failed=True)
     # a path in a spec is relative to the spec's folder
     path = file if "://" in file else os.path.relpath(file, out.absolute().parent)
-    given = parse_settings(settings or ())
-    values = {"lineage": asked.lineage, **given, "task": {"name": name, "data": path, **given.get("task", {})}}
+    overrides = parse_settings(settings or ())
+    task_values = {"name": name, "data": path, **overrides.get("task", {})}
+    values = {"lineage": full_spec.lineage, **overrides, "task": task_values}
     labels = yaml.safe_dump(
         list(data.labels or ("yes", "no")), default_flow_style=True, allow_unicode=True, width=10**6
     )
@@ -169,11 +170,11 @@ def check(
     with deal.screen.working("checking"):
         from tasks.validate import spec_to_check
 
-        asked, task_file = spec_to_check(
+        full_spec, task_file = spec_to_check(
             deal.store, file, spec=spec, task=task, lineage=lineage, test_data=test_data, settings=settings or ()
         )
         checked = deal.service.check(
-            asked, task_file, with_model=with_model, score=score, plan=plan, device=device, probe=probe
+            full_spec, task_file, with_model=with_model, score=score, plan=plan, device=device, probe=probe
         )
     shown = [*show_validation(checked.data), *(show_arrival(checked.arrival) if checked.arrival else [])]
     if checked.plan is None:
@@ -196,51 +197,51 @@ _VERDICTS = {
 }
 
 
-def _show_plan(found: PlanResult) -> Sequence[RenderableType]:
-    total = sum(found.parameters.values())
-    kinds = ", ".join(f"{count / 1e6:,.1f} M {kind}" for kind, count in found.parameters.items() if count)
-    rehearsed = f" and {found.rehearsed_per_step} rehearsed" if found.rehearsed_per_step else ""
-    kept = f"; {found.num_kept} are kept for later arrivals" if found.num_kept else ""
-    chosen = f" ({found.num_chosen} chosen)" if found.num_chosen < found.num_train else ""
-    source = "of these rows" if found.lengths_from == "rows" else "by the spec's limits"
+def _show_plan(plan: PlanResult) -> Sequence[RenderableType]:
+    total = sum(plan.parameters.values())
+    kinds = ", ".join(f"{count / 1e6:,.1f} M {kind}" for kind, count in plan.parameters.items() if count)
+    rehearsed = f" and {plan.rehearsed_per_step} rehearsed" if plan.rehearsed_per_step else ""
+    kept = f"; {plan.num_kept} are kept for later arrivals" if plan.num_kept else ""
+    chosen = f" ({plan.num_chosen} chosen)" if plan.num_chosen < plan.num_train else ""
+    source = "of these rows" if plan.lengths_from == "rows" else "by the spec's limits"
     shown: list[RenderableType] = [
-        f"Base model  {escape(found.base)} ({escape(found.model_type)}, {found.precision}): "
+        f"Base model  {escape(plan.base)} ({escape(plan.model_type)}, {plan.precision}): "
         f"{total / 1e6:,.1f} M parameters: {kinds}",
-        f"Adapter     {found.strategy}, rank {found.rank}: {found.adapter_parameters / 1e6:,.2f} M parameters",
-        f"Rows        {found.num_train} training{chosen}, {found.num_test} test, {found.num_rejected} bad; "
-        f"{found.rows_per_step} a step{rehearsed}{kept}",
-        f"Longest     {found.longest_row_tokens} tokens, {found.longest_answer_tokens} of them answer, {source}; "
-        f"{found.batch_rows} rows at once",
-        f"Steps       {found.num_steps}, rate {found.learning_rate:g} at first" + _time(found),
+        f"Adapter     {plan.strategy}, rank {plan.rank}: {plan.adapter_parameters / 1e6:,.2f} M parameters",
+        f"Rows        {plan.num_train} training{chosen}, {plan.num_test} test, {plan.num_rejected} bad; "
+        f"{plan.rows_per_step} a step{rehearsed}{kept}",
+        f"Longest     {plan.longest_row_tokens} tokens, {plan.longest_answer_tokens} of them answer, {source}; "
+        f"{plan.batch_rows} rows at once",
+        f"Steps       {plan.num_steps}, rate {plan.learning_rate:g} at first" + _expected_time(plan),
     ]
-    memory = {**found.memory, "all": found.total_bytes}
+    memory = {**plan.memory, "all": plan.total_bytes}
     shown += [
         *render(
             [{"kind": kind, "size": size_text(size)} for kind, size in memory.items()], "Memory at the peak of a step"
         ),
-        f"It {_VERDICTS[found.verdict]}: {size_text(found.total_bytes)} of {size_text(found.device_bytes)} "
-        f"({escape(found.device)}).",
+        f"It {_VERDICTS[plan.verdict]}: {size_text(plan.total_bytes)} of {size_text(plan.device_bytes)} "
+        f"({escape(plan.device)}).",
     ]
-    if found.refused:
-        shown += _remedies(found)
-    return [*shown, *(f"[yellow]{escape(note)}[/]" for note in found.notes)]
+    if plan.refused:
+        shown += _remedies(plan)
+    return [*shown, *(f"[yellow]{escape(note)}[/]" for note in plan.notes)]
 
 
-def _time(found: PlanResult) -> str:
-    if found.expected_seconds is None or found.seconds_per_step is None:
+def _expected_time(plan: PlanResult) -> str:
+    if plan.expected_seconds is None or plan.seconds_per_step is None:
         return ""
-    minutes, seconds = divmod(round(found.expected_seconds), 60)
+    minutes, seconds = divmod(round(plan.expected_seconds), 60)
     length = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
-    return f", about {length} of training ({found.seconds_per_step:.2f} s a step, from a probe)"
+    return f", about {length} of training ({plan.seconds_per_step:.2f} s a step, from a probe)"
 
 
-def _remedies(found: PlanResult) -> list[RenderableType]:
-    certain = sum(found.memory[kind] for kind in ("weights", "adapter", "optimiser"))
+def _remedies(plan: PlanResult) -> list[RenderableType]:
+    certain = sum(plan.memory[kind] for kind in ("weights", "adapter", "optimiser"))
     shown: list[RenderableType] = []
-    if certain > found.device_bytes:
+    if certain > plan.device_bytes:
         shown.append(f"Weights, adapter and optimiser alone take {size_text(certain)}, whatever the batch.")
-    shown += render(found.remedies, "What to change")
-    if not any(each.fits for each in found.remedies):
+    shown += render(plan.remedies, "What to change")
+    if not any(remedy.fits for remedy in plan.remedies):
         shown.append("No setting makes it fit: take a smaller base model, or a device with more memory.")
     return shown
 

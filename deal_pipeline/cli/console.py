@@ -21,7 +21,8 @@ from deal_core.safe_text import printable, printable_json, without_known_secrets
 from deal_pipeline.cli.render import render, render_matrix
 
 if TYPE_CHECKING:
-    from flows.adapt_result import AdaptResult, Scores
+    from deal_core.evaluation.accuracy_matrix import MatrixJson
+    from flows.adapt_result import AdaptResult
     from tasks.arrivals import HeldArrival
 
 WIDTH = 120
@@ -164,11 +165,11 @@ def show_adaptation(run: AdaptResult) -> Sequence[RenderableType]:
     if run.unsure and color == "green":
         color = "yellow"
     shown: list[RenderableType] = []
-    if run.matrix is not None and run.scores is not None:
-        scores = "   ".join(f"{name} [bold]{value}[/]" for name, value in named_scores(run.scores).items())
+    if run.matrix is not None:
+        scores = "   ".join(f"{name} [bold]{value}[/]" for name, value in named_scores(run.matrix).items())
         shown += [*render_matrix(run.matrix, f"Accuracy of {run.lineage}, %"), scores]
-        if told := scored_otherwise(run.metrics):
-            shown.append(escape(told))
+        if note := scored_otherwise(run.metrics):
+            shown.append(escape(note))
     shown.append(f"[bold {color}]{escape(run.message)}[/]")
     if run.status == "held":  # the message says why
         return [*shown, *render(run.contradictions)]
@@ -177,6 +178,9 @@ def show_adaptation(run: AdaptResult) -> Sequence[RenderableType]:
     return shown
 
 
-def named_scores(scores: Scores) -> dict[str, str]:
-    """The scores of a version in percent, by name. `--json` and MLflow have BWT and FWT too."""
+def named_scores(matrix: MatrixJson) -> dict[str, str]:
+    """The scores of a matrix's last version in percent, by name. `deal version list --json` has the transfers too."""
+    from deal_core.evaluation.accuracy_matrix import AccuracyMatrix  # pydantic loads slowly
+
+    scores = AccuracyMatrix.from_json(matrix)
     return {"average accuracy": percent(scores.average_accuracy), "forgetting": percent(scores.forgetting)}

@@ -144,8 +144,8 @@ def delete(
     if not yes:
         confirm(deal, shown, "Remove all this? It cannot be undone.")
     done = deal.service.delete(arrival, reason=reason)
-    said = f"Arrival {done.plan.sha256[:12]} of {done.plan.task} was {done.tombstone.said}."
-    shown = [*show_forget_plan(done.plan, "Removed"), f"[bold]{escape(said)}[/]"]
+    sentence = f"Arrival {done.plan.sha256[:12]} of {done.plan.task} was {done.tombstone.said}."
+    shown = [*show_forget_plan(done.plan, "Removed"), f"[bold]{escape(sentence)}[/]"]
     if done.waits_for_mlflow:
         shown.append(
             f"[yellow]MLflow does not answer, and its reports of {escape(', '.join(done.waits_for_mlflow))} may still "
@@ -160,27 +160,27 @@ def _relearn(
     with deal.screen.working("looking"):
         from tasks.lineage.settings import only_lineage
 
-        learned = deal.lineage(lineage or os.environ.get("DEAL_LINEAGE") or only_lineage(deal.store))
-        plan = learned.plan_relearn(arrival, stops_serving=options["stops_serving"])
+        versions = deal.lineage(lineage or os.environ.get("DEAL_LINEAGE") or only_lineage(deal.store))
+        plan = versions.plan_relearn(arrival, stops_serving=options["stops_serving"])
     shown = [*show_forget_plan(plan.forget, "Would be removed", relearns=True), *show_branch_plan(plan)]
     if dry_run:
         return CommandResult(plan, shown)
     if not yes:
         confirm(deal, shown, "Remove the rows, and learn the rest again? It cannot be undone.")
-    done = learned.relearn(arrival, **options)
+    done = versions.relearn(arrival, **options)
     return CommandResult(
         done,
         [
             *render(done.made, "Made again"),
             *show_compared(done.before, done.accuracies, done.num_rows),
             f"[bold]{escape(done.message)}[/]",
-            *_attested(done),
+            *_show_attestation(done),
         ],
         rejected=done.status == "stopped",
     )
 
 
-def _attested(done: BranchResult) -> Iterable[RenderableType]:
+def _show_attestation(done: BranchResult) -> Iterable[RenderableType]:
     attestation, rows = done.attestation, done.branch.deleted
     if attestation is None or rows is None:
         return
@@ -191,13 +191,13 @@ def _attested(done: BranchResult) -> Iterable[RenderableType]:
         yield f"Exports that were removed: {escape(', '.join(attestation.exports_removed))}."
     if attestation.exports_left:
         yield f"[yellow]Remove these exports by hand: {escape(', '.join(attestation.exports_left))}.[/]"
-    yield from _unknown(attestation.unknown)
+    yield from _show_unknown(attestation.unknown)
     if attestation.waits_for_mlflow:
         yield "[yellow]MLflow does not answer; deal server sync removes its copies.[/]"
     yield escape(f"The attestation: deal lineage branch {done.lineage} --json.")
 
 
-def _unknown(unknown: Sequence[UnknownRows]) -> Iterable[RenderableType]:
+def _show_unknown(unknown: Sequence[UnknownRows]) -> Iterable[RenderableType]:
     """The rows whose inputs are not known, so that logged answers to them may be left."""
     for rows in unknown:
         number = "an unknown number of" if rows.num_rows is None else str(rows.num_rows)
@@ -224,10 +224,10 @@ def show_forget_plan(plan: ForgetPlan, title: str, *, relearns: bool = False) ->
     """What is removed, what cannot be, and what follows; with `relearns` the versions are made again."""
     title = f"{title}: rows of arrival {plan.sha256[:12]} of {plan.task}"
     held = render(plan.held, title) or [heading(title), "No rows of it are left here."]
-    return [*held, *_learned(plan.learned, relearns=relearns), *_follows(plan)]
+    return [*held, *_show_learned(plan.learned, relearns=relearns), *_show_consequences(plan)]
 
 
-def _learned(learned: Sequence[AffectedVersion], *, relearns: bool) -> Iterable[RenderableType]:
+def _show_learned(learned: Sequence[AffectedVersion], *, relearns: bool) -> Iterable[RenderableType]:
     if not learned:
         return ["No version has learned from it."]
     advice = (
@@ -237,7 +237,7 @@ def _learned(learned: Sequence[AffectedVersion], *, relearns: bool) -> Iterable[
     return [*render(learned, "Versions that learned from it"), *([] if relearns else [advice])]
 
 
-def _follows(plan: ForgetPlan) -> Iterable[RenderableType]:
+def _show_consequences(plan: ForgetPlan) -> Iterable[RenderableType]:
     if plan.unjudged:
         yield escape(
             f"They are the test rows of {plan.task} in lineage {', '.join(plan.unjudged)}: without them no new version "
@@ -253,5 +253,5 @@ def _follows(plan: ForgetPlan) -> Iterable[RenderableType]:
             "These files in the inbox have texts of the logged answers, from feedback that was harvested. They stay: "
             f"forget them too (deal data delete KEY) if the texts have to go: {', '.join(plan.harvested)}"
         )
-    yield from _unknown(plan.unknown)
+    yield from _show_unknown(plan.unknown)
     yield "A copy of the file outside the inbox, backups and log files are not looked at: see docs/delete.md."

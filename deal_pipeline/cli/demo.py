@@ -14,7 +14,7 @@ from deal_core.errors import ConfigError
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, MatrixJson
 from deal_core.judging_config import GateConfig
 from flows.adapt import adapt
-from flows.adapt_result import AdaptResult, Scores
+from flows.adapt_result import AdaptResult
 from infra.store.base import ObjectStore
 from infra.store.opening import open_store
 from infra.versions import Versions, champion_of
@@ -46,7 +46,6 @@ class LineageOutcome(BaseModel, frozen=True):
     """The version that serves; None: no version passed the gate."""
     matrix: MatrixJson | None
     """The newest version's accuracy matrix, whether the gate accepted it or not."""
-    scores: Scores | None
     runs: tuple[AdaptResult, ...]
     """The adaptations, in their order."""
 
@@ -80,7 +79,9 @@ async def run_demo(
         DataValidationError: A file of the examples is refused.
     """
     _make_room(picture)
-    folder = examples or _examples_folder()
+    package = Path(__file__).parents[1]
+    installed, checkout = package / "examples", package.parent / "examples"
+    folder = examples or (installed if installed.is_dir() else checkout)
     if not folder.is_dir():
         raise ConfigError(f"The demo's example data is not in {folder}; install the project again, or use a checkout.")
     specs = [read_spec(folder / name / "spec.yaml") for name in ORDER]
@@ -109,12 +110,6 @@ async def run_demo(
     return DemoResult(outcomes=outcomes, picture=_draw(outcomes, picture))
 
 
-def _examples_folder() -> Path:
-    """The examples are in flows/ once installed, and next to the packages in a checkout."""
-    installed = Path(__file__).parents[1] / "examples"
-    return installed if installed.is_dir() else Path(__file__).parents[2] / "examples"
-
-
 def _outcome(store: ObjectStore, lineage: LineageSpec, runs: Sequence[AdaptResult]) -> LineageOutcome:
     versions = Versions(store).all(lineage.lineage)
     champion = champion_of(versions)
@@ -125,7 +120,6 @@ def _outcome(store: ObjectStore, lineage: LineageSpec, runs: Sequence[AdaptResul
         strategy=str(lineage.strategy),
         champion=champion.version if champion else None,
         matrix=matrix.to_json() if matrix else None,
-        scores=Scores.of(matrix) if matrix else None,
         runs=tuple(runs),
     )
 
@@ -144,7 +138,7 @@ def _make_room(picture: Path) -> None:
 
 def _draw(outcomes: Sequence[LineageOutcome], picture: Path) -> Path | None:
     """Draw the first lineage's matrix, and next to it the second's if both learned the same tasks."""
-    matrices = [AccuracyMatrix.from_json(each.matrix) if each.matrix else None for each in outcomes]
+    matrices = [AccuracyMatrix.from_json(outcome.matrix) if outcome.matrix else None for outcome in outcomes]
     first, rival = [*matrices, None][:2]
     if first is None:
         return None

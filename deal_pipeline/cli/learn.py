@@ -50,7 +50,7 @@ def show_demo(result: DemoResult, home: Path) -> Sequence[RenderableType]:
     for outcome in result.outcomes:
         if outcome.champion is None:
             shown.append(f"[red]No version of {outcome.lineage} has passed the gate.[/]")
-        if outcome.matrix is None or outcome.scores is None:
+        if outcome.matrix is None:
             continue
         shown += render_matrix(outcome.matrix, f"Accuracy of {outcome.lineage} ({outcome.strategy}), %")
         own: dict[str, str | None] = {
@@ -58,7 +58,7 @@ def show_demo(result: DemoResult, home: Path) -> Sequence[RenderableType]:
             "strategy": outcome.strategy,
             "champion": outcome.champion,
         }
-        comparison.append({**own, **named_scores(outcome.scores)})
+        comparison.append({**own, **named_scores(outcome.matrix)})
     shown += render(comparison, "In the end, %")
     for outcome in result.outcomes:
         for run in outcome.runs:
@@ -117,9 +117,10 @@ def adapt(
         from tasks.lineage.settings import watched_from_options
 
         watched = watched_from_options(deal.store, spec, tasks=task or None, lineage=lineage, settings=settings or ())
-
-        seen = deal.lineage(watched.lineage).watch(watched, once=once, poll_seconds=poll or 2.0)
-        return CommandResult(seen, show_watch(seen), failed=seen.num_refused > 0, rejected=seen.num_rejected > 0)
+        result = deal.lineage(watched.lineage).watch(watched, once=once, poll_seconds=poll or 2.0)
+        return CommandResult(
+            result, show_watch(result), failed=result.num_refused > 0, rejected=result.num_rejected > 0
+        )
     if once or poll is not None or (task is not None and len(task) > 1):
         raise ConfigError("--once, --poll and several tasks go with --watch; one adaptation has one task.")
     from tasks.lineage.settings import spec_from_options

@@ -115,14 +115,14 @@ def rebase(
 ) -> CommandResult[Annotated[BranchPlan, "with --dry-run"] | BranchResult]:
     """Learn a lineage's arrivals again on another base model, and make the result champion if no task is worse."""
     with deal.screen.working("looking"):
-        learned = deal.lineage(lineage)
-        plan = learned.plan_rebase(base)
+        versions = deal.lineage(lineage)
+        plan = versions.plan_rebase(base)
     shown = show_branch_plan(plan)
     if dry_run:
         return CommandResult(plan, shown)
     if not yes:
         confirm(deal, shown, "Learn all this on the new base model?")
-    done = learned.rebase(base, skip_rejected=skip_rejected, accept_lost=accept_lost, engines=engine or ())
+    done = versions.rebase(base, skip_rejected=skip_rejected, accept_lost=accept_lost, engines=engine or ())
     compared = show_compared(done.before, done.accuracies, done.num_rows)
     lines = [*render(done.made, "Made again"), *compared, f"[bold]{escape(done.message)}[/]"]
     return CommandResult(done, lines, rejected=done.status == "stopped")
@@ -148,14 +148,14 @@ def branch(
     """Show what was made again, with the attestations of deleted rows; or accept an open branch, or give it up."""
     if accept != bool(reason) or (accept and give_up):
         raise ConfigError("Give --accept together with --reason, and without --give-up.", code="accept-reason")
-    learned = deal.lineage(lineage)
+    versions = deal.lineage(lineage)
     if accept:
-        done = learned.accept_branch(why=reason)
-        known = learned.branches()[-1]
-        shown = [*show_branch(known), f"[bold]{escape(done.message)}[/]"]
-        return CommandResult([known], shown, rejected=done.status == "stopped")
-    branches = [learned.give_up_branch()] if give_up else [*learned.branches()]
-    shown = [line for each in branches for line in show_branch(each)]
+        done = versions.accept_branch(why=reason)
+        entry = versions.branches()[-1]
+        shown = [*show_branch(entry), f"[bold]{escape(done.message)}[/]"]
+        return CommandResult([entry], shown, rejected=done.status == "stopped")
+    branches = [versions.give_up_branch()] if give_up else [*versions.branches()]
+    shown = [line for entry in branches for line in show_branch(entry)]
     return CommandResult(branches, shown or [escape(f"Nothing of {lineage} was made again.")])
 
 
@@ -192,15 +192,15 @@ def consolidate(
     yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> CommandResult[Annotated[ConsolidationPlan, "with --dry-run"] | AdaptResult]:
     """Learn what is left of all arrivals together, as one version that the gate judges against the champion."""
-    learned = deal.lineage(lineage)
+    versions = deal.lineage(lineage)
     with deal.screen.working("looking"):
-        planned = learned.plan_consolidation(start)
+        planned = versions.plan_consolidation(start)
     if dry_run:
         return CommandResult(planned, show_plan(planned))
     if not yes:
         confirm(deal, show_plan(planned), "Train on all this?")
 
-    outcome = learned.consolidate(planned.start)
+    outcome = versions.consolidate(planned.start)
     return CommandResult(outcome, show_adaptation(outcome), rejected=outcome.rejected)
 
 

@@ -20,7 +20,7 @@ from deal_pipeline.cli.session import Column, CommandResult, LineageOption, Reas
 from deal_pipeline.cli.version import decided, show_decision
 
 if TYPE_CHECKING:
-    from infra.promotions import Decision
+    from infra.versions import Decision
     from tasks.monitoring.feedback import FeedbackResult
     from tasks.monitoring.harvest import HarvestResult
     from tasks.monitoring.look import MonitorResult
@@ -59,22 +59,22 @@ def _show_monitor(result: MonitorResult) -> Sequence[RenderableType]:
     drift = result.drift
     tests = [(task, test) for task in drift.tasks for test in task.tests or (None,)]
     shown = render(tests, f"Live traffic of {result.lineage}, version {result.version}")
-    shown += [f"  [yellow]•[/] {escape(each.task)}: {each.status}" for each in drift.tasks if each.status != "compared"]
-    alarms = [f"{each.task}: {alarm.kind}: {alarm.reason}" for each in drift.tasks for alarm in each.alarms]
+    shown += [f"  [yellow]•[/] {escape(task.task)}: {task.status}" for task in drift.tasks if task.status != "compared"]
+    alarms = [f"{task.task}: {alarm.kind}: {alarm.reason}" for task in drift.tasks for alarm in task.alarms]
     shown += [f"  [red]•[/] {escape(alarm)}" for alarm in alarms] or ["No alarm."]
     shown += [
         escape(
-            f"Have some of {each.task}'s texts labelled and learn them: deal feedback sample {each.task} --lineage "
+            f"Have some of {task.task}'s texts labelled and learn them: deal feedback sample {task.task} --lineage "
             f"{result.lineage}. If the traffic has changed for good and the answers are right: deal monitor "
             "--new-reference"
         )
-        for each in drift.tasks
-        if each.alarms
+        for task in drift.tasks
+        if task.alarms
     ]
     accuracies = [
-        ({"task": each.task, "accuracy": word}, accuracy)
-        for each in drift.tasks
-        for word, accuracy in (("measured", each.measured), ("estimated", each.estimated))
+        ({"task": task.task, "accuracy": word}, accuracy)
+        for task in drift.tasks
+        for word, accuracy in (("measured", task.measured), ("estimated", task.estimated))
         if accuracy is not None
     ]
     shown += render(accuracies, "Accuracy")
@@ -126,19 +126,19 @@ def abort(
     return decided(versions, versions.abort_rollout(why=reason, tells=False))
 
 
-def _show_rollout(found: RolloutStatus) -> Sequence[RenderableType]:
-    if found.report is None or found.since is None:
-        tried = f"No version of {escape(found.lineage)} is tried on live traffic."
+def _show_rollout(rollout: RolloutStatus) -> Sequence[RenderableType]:
+    if rollout.report is None or rollout.since is None:
+        tried = f"No version of {escape(rollout.lineage)} is tried on live traffic."
         return [f"{tried} To try the next one, set gate.rollout with: deal lineage apply SPEC"]
-    report = found.report
-    head = f"Version {found.version} of {found.lineage}, {report.kind} of version {found.champion}"
-    title = f"{head}, since {found.since.astimezone():%Y-%m-%d %H:%M}"
+    report = rollout.report
+    head = f"Version {rollout.version} of {rollout.lineage}, {report.kind} of version {rollout.champion}"
+    title = f"{head}, since {rollout.since.astimezone():%Y-%m-%d %H:%M}"
     shown = [*render_facts(report.champion, report.candidate, title=title), *render(report.differences)]
     if report.num_pairs:
         shown.append(f"Same answer to {percent(report.agreement)} % of {report.num_pairs} rows.")
     counted = "rows with feedback" if report.by_feedback else "answers"
-    said = {"goes on": "It goes on.", "abort": "[red]It has to be aborted.[/]", "finish": "[green]It can finish.[/]"}
-    shown.append(f"{report.num_counted} of {report.num_wanted} {counted} count. {said[report.verdict]}")
+    advice = {"goes on": "It goes on.", "abort": "[red]It has to be aborted.[/]", "finish": "[green]It can finish.[/]"}
+    shown.append(f"{report.num_counted} of {report.num_wanted} {counted} count. {advice[report.verdict]}")
     return shown + [f"  [red]•[/] {escape(reason)}" for reason in report.reasons if report.verdict == "abort"]
 
 
@@ -229,4 +229,4 @@ def _show_selected(done: SelectResult) -> Sequence[RenderableType]:
             f"{fill_in} and delete the rows that are left empty, then give: deal adapt --task {done.task} "
             f"--data {file} --lineage {done.lineage}"
         )
-    return [escape(each) for each in shown]
+    return [escape(line) for line in shown]

@@ -78,7 +78,7 @@ def render_matrix(matrix: Mapping[str, Any], title: str) -> list[RenderableType]
 
     A number of test rows that all cells of a task share stands in the task's title.
     """
-    from deal_core.evaluation.accuracy_matrix import AccuracyMatrix  # numpy loads slowly
+    from deal_core.evaluation.accuracy_matrix import AccuracyMatrix  # pydantic loads slowly
 
     scores = AccuracyMatrix.from_json(matrix)
     columns = {"after learning": ["(base model)", *scores.learned]}

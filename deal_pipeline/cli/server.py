@@ -146,9 +146,9 @@ def manifest(
         raise ConfigError(f"The kind is {kind!r}; give one of {', '.join(get_args(ManifestKind))}.")
     made = make_manifests(cast("ManifestKind", kind), {} if values is None else read_yaml(values))
     out.write_text(yaml.safe_dump_all(made, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    names = [f"{each['kind']} {each['metadata']['name']}" for each in made]
-    told = [f"{out} has {listed(names)}. Next: kubectl apply --filename {shlex.quote(str(out))}"]
-    return CommandResult(Manifest(file=str(out), objects=names), [escape(line) for line in told])
+    names = [f"{item['kind']} {item['metadata']['name']}" for item in made]
+    shown = [f"{out} has {listed(names)}. Next: kubectl apply --filename {shlex.quote(str(out))}"]
+    return CommandResult(Manifest(file=str(out), objects=names), [escape(line) for line in shown])
 
 
 @command(main_app, "looking", "deal status", "deal status --check", works_without_home=True)
@@ -166,12 +166,12 @@ def status(
 
     Exit code 1: a process is gone, or data is damaged.
     """
-    found = deal.service.status()
-    is_broken = bool(found.damaged) or any(not part.is_alive for part in found.parts)
+    result = deal.service.status()
+    is_broken = bool(result.damaged) or any(not part.is_alive for part in result.parts)
     if check:
-        is_broken |= bool(found.problems or found.failed)
-        is_broken |= any(each.failed or each.held_arrivals for each in found.lineages)
-    return CommandResult(found, _show_status(found), failed=is_broken)
+        is_broken |= bool(result.problems or result.failed)
+        is_broken |= any(state.failed or state.held_arrivals for state in result.lineages)
+    return CommandResult(result, _show_status(result), failed=is_broken)
 
 
 def _show_status(status: Status) -> Sequence[RenderableType]:
@@ -180,40 +180,40 @@ def _show_status(status: Status) -> Sequence[RenderableType]:
         shown += render(status.parts, "Processes")
     elif not status.prefect_url:
         shown.append("No server: files are adapted by deal adapt. Start one with: deal server up")
-    if not any(lineage.champion or lineage.num_open for lineage in status.lineages):
+    if not any(state.champion or state.num_open for state in status.lineages):
         shown.append(NOTHING_LEARNED)
     shown += render(status.lineages, "Lineages")
-    shown += [f"  {escape(f'{each.lineage}: {each.run}')}" for each in status.lineages if each.run]
-    shown += [f"  {escape(f'{each.lineage} {line.line()}')}" for each in status.lineages for line in each.waiting]
-    shown += [f"  {escape(line)}" for each in status.lineages if (line := _debts(each))]
-    shown += [f"  {escape(f'{each.lineage} live: {each.monitor}')}" for each in status.lineages if each.monitor]
-    shown += [f"  {escape(f'{each.lineage} rollout: {each.rollout}')}" for each in status.lineages if each.rollout]
-    shown += [f"  [yellow]•[/] {escape(each.branch)}" for each in status.lineages if each.branch]
-    rejected = [f"{each.lineage}: {each.rejected}" for each in status.lineages if each.rejected]
+    shown += [f"  {escape(f'{state.lineage}: {state.run}')}" for state in status.lineages if state.run]
+    shown += [f"  {escape(f'{state.lineage} {line.line()}')}" for state in status.lineages for line in state.waiting]
+    shown += [f"  {escape(line)}" for state in status.lineages if (line := _lost_points(state))]
+    shown += [f"  {escape(f'{state.lineage} live: {state.monitor}')}" for state in status.lineages if state.monitor]
+    shown += [f"  {escape(f'{state.lineage} rollout: {state.rollout}')}" for state in status.lineages if state.rollout]
+    shown += [f"  [yellow]•[/] {escape(state.branch)}" for state in status.lineages if state.branch]
+    rejected = [f"{state.lineage}: {state.rejected}" for state in status.lineages if state.rejected]
     shown += [f"  [yellow]•[/] {escape(line)}" for line in rejected]
-    behind = {each.lineage: len(each.mlflow_waiting) for each in status.lineages if each.mlflow_waiting}
+    behind = {state.lineage: len(state.mlflow_waiting) for state in status.lineages if state.mlflow_waiting}
     shown += [
         f"  {escape(name)}: MLflow lacks {count} {'entry' if count == 1 else 'entries'}; the next run or deal server "
         "sync writes what is missing"
         for name, count in behind.items()
     ]
-    shown += [f"  [red]•[/] {escape(problem)}" for each in status.lineages for problem in each.failed]
-    shown += [line for each in status.lineages for line in show_held(each.lineage, each.held_arrivals)]
+    shown += [f"  [red]•[/] {escape(problem)}" for state in status.lineages for problem in state.failed]
+    shown += [line for state in status.lineages for line in show_held(state.lineage, state.held_arrivals)]
     shown += [f"[red]•[/] {escape(problem)}" for problem in (*status.damaged, *status.problems)]
     for title, runs in (("Running", status.running), ("Waiting", status.waiting), ("Failed, last 24 h", status.failed)):
         shown += render(runs, title)
     return shown
 
 
-def _debts(lineage: LineageStatus) -> str | None:
+def _lost_points(lineage: LineageStatus) -> str | None:
     """What the champion's tasks have lost since they were learned, in one line; None: nothing is worth a line."""
     lost = [f"{task} {points:.1f}" for task, points in lineage.debts.items() if points > 0]
     budget = "" if lineage.budget_points is None else f" (budget {lineage.budget_points:.1f} points)"
     due = f" The next run consolidates it: {lineage.consolidation}" if lineage.consolidation else ""
     if not lost and not due:
         return None
-    told = f"points lost since they were learned: {', '.join(lost)}{budget}." if lost else ""
-    return f"{lineage.lineage} {told}{due}"
+    sentence = f"points lost since they were learned: {', '.join(lost)}{budget}." if lost else ""
+    return f"{lineage.lineage} {sentence}{due}"
 
 
 @command(main_app, None, "deal ui", "deal ui --open", works_without_home=True)

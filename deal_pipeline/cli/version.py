@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from deal_pipeline.results import ChampionAt, ShownVersion
     from flows.adapt_result import AdaptResult
     from flows.champions import EvaluateResult
-    from infra.promotions import Decision, LeftBehind, Move
-    from infra.versions import Version
+    from infra.promotions import Move
+    from infra.versions import Decision, Version
     from tasks.serving.export import Exported
     from tasks.serving.publish import Published
 
@@ -67,7 +67,7 @@ def list_versions(
         scores = versions.matrix().to_json()
         return CommandResult(scores, render_matrix(scores, f"Scores of {lineage}, %"))
     if at is not None:
-        when, zone = _time(at)
+        when, zone = _read_time(at)
         then = versions.champion_at(when)
         text = f"version {then.champion} was champion" if then.champion else "no version was champion"
         return CommandResult(then, [f"At {then.at}{zone}, {text}."])
@@ -83,7 +83,7 @@ def list_versions(
     return CommandResult(entries, shown)
 
 
-def _time(text: str) -> tuple[datetime, str]:
+def _read_time(text: str) -> tuple[datetime, str]:
     """Read a time. Without a zone it is local, and the second text says so."""
     try:
         when = datetime.fromisoformat(text)
@@ -228,21 +228,21 @@ def requeue(
         Option("--all", help="Learn all arrivals that were left behind, and let those go on whose run was cancelled."),
     ] = False,
     lineage: LineageOption = "",
-) -> CommandResult[list[LeftBehind] | Annotated[list[AdaptResult], "with versions or --all"]]:
+) -> CommandResult[tuple[Version, ...] | Annotated[list[AdaptResult], "with versions or --all"]]:
     """List the arrivals that a rollback left behind, or learn them again."""
-    learned = deal.lineage(lineage)
+    lineage_versions = deal.lineage(lineage)
     if not (all_ or versions):
-        left_behind = learned.left_behind()
-        held = show_held(lineage, learned.held())
-        return CommandResult(list(left_behind), [*_show_left_behind(lineage, left_behind), *held])
+        left_behind = lineage_versions.left_behind()
+        held = show_held(lineage, lineage_versions.held())
+        return CommandResult(left_behind, [*_show_left_behind(lineage, left_behind), *held])
     if all_ and versions:
         raise ConfigError("Give either versions or --all, not both.")
-    runs = learned.requeue(*versions or ())
+    runs = lineage_versions.requeue(*versions or ())
     shown = [line for run in runs for line in show_adaptation(run)] or _show_left_behind(lineage, ())
     return CommandResult(runs, shown, rejected=any(run.rejected for run in runs))
 
 
-def _show_left_behind(lineage: str, left_behind: Sequence[LeftBehind]) -> Sequence[RenderableType]:
+def _show_left_behind(lineage: str, left_behind: Sequence[Version]) -> Sequence[RenderableType]:
     if not left_behind:
         return [f"The champion of {escape(lineage)} has learned every accepted arrival."]
     return [*render(left_behind, f"Left behind in {lineage}"), _remedy(lineage)]

@@ -15,9 +15,9 @@ from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.errors import RegistryError
 from infra.branches import Branches
 from infra.outcomes import Action
-from infra.promotions import Change, Decision, LeftBehind, PromotionLog
+from infra.promotions import Change, PromotionLog
 from infra.store.base import ObjectStore
-from infra.versions import Version, Versions, descent, require_adapter
+from infra.versions import Decision, Version, Versions, descent, require_adapter
 from tasks.lineage.history import (
     NoVersionError,
     arrival_digests,
@@ -305,11 +305,11 @@ def announce_decision(store: ObjectStore, done: Decision, *, to_server: bool = T
     return announce(done.action, notice, to_server=to_server)
 
 
-def left_behind(before: Sequence[Version], now: Sequence[Version]) -> tuple[LeftBehind, ...]:
-    """Return the arrivals that one line of versions has learned and another has not, oldest first."""
+def left_behind(before: Sequence[Version], now: Sequence[Version]) -> tuple[Version, ...]:
+    """Return the versions of one line whose arrivals another line has not learned, oldest first."""
     learned = {digest for version in now for digest in version.digests}
     return tuple(
-        LeftBehind.model_validate(version)
+        version
         for version in reversed(before)
         if not version.is_consolidation and not arrival_digests(version, before) & learned
     )
@@ -325,7 +325,7 @@ def _require_usable(store: ObjectStore, version: Version) -> None:
         raise RegistryError(f"{name} has no adapter in the store any more ({store.uri_of(version.adapter_uri)}).")
 
 
-def find_left_behind(store: ObjectStore, lineage: str) -> tuple[LeftBehind, ...]:
+def find_left_behind(store: ObjectStore, lineage: str) -> tuple[Version, ...]:
     """Return the accepted versions whose arrival the champion has not learned, oldest first, each arrival once.
 
     An arrival is left out if another version that learned it awaits approval or is in rollout, or if its rows were
@@ -339,7 +339,7 @@ def find_left_behind(store: ObjectStore, lineage: str) -> tuple[LeftBehind, ...]
         raise NoVersionError(unknown_lineage(store, lineage))
     standings = ("learned", "awaiting approval", "rollout")
     learned = {digest for version in versions if version.standing in standings for digest in version.digests}
-    newest_first: list[LeftBehind] = []
+    newest_first: list[Version] = []
     for version in reversed(versions):
         if version.is_consolidation or version.standing != "left behind":
             continue  # the arrivals of a consolidation are those of the versions before it
@@ -347,5 +347,5 @@ def find_left_behind(store: ObjectStore, lineage: str) -> tuple[LeftBehind, ...]
             learned |= version.digests
             if find_tombstone(store, version.task, sorted(version.digests)) is not None:
                 continue
-            newest_first.append(LeftBehind.model_validate(version))
+            newest_first.append(version)
     return tuple(reversed(newest_first))

@@ -10,8 +10,9 @@ from deal_core.errors import RegistryError
 from deal_core.judging_config import RolloutTerms
 from deal_core.monitoring.rollout import RolloutReport, judge
 from infra.predictions import read_feedback, read_predictions
-from infra.promotions import Decision, Move, PromotionLog
+from infra.promotions import Move, PromotionLog
 from infra.store.base import ObjectStore
+from infra.versions import Decision
 from tasks.lineage.history import find_version
 
 

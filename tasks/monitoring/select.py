@@ -201,8 +201,8 @@ def _answered_texts(
     new = [text for digest, text in texts.items() if digest not in known]
     if new:
         on_rows = counting(on_progress, len(new))
-        with answering(store, asked) as answer:
-            answers = [given for chunk in in_chunks(new, CHUNK_ROWS) for given in answer(chunk, on_rows)]
+        answer = answering(store, asked)
+        answers = [given for chunk in in_chunks(new, CHUNK_ROWS) for given in answer(chunk, on_rows)]
         for text, given in zip(new, answers, strict=True):
             facts = answer_facts(asked.known.schema, text, given.text)
             rows.append({**facts, "input": text, "output": given.text, "confidence": given.confidence.confidence})

@@ -141,7 +141,7 @@ def test_the_next_arrival_continues_the_champion_and_every_task_is_judged(
         "settings that differ from version 1's: gate.max_drop_points 1.0 (before: 100.0)",
         "rehearsed 18 rows of one old task, 4 a step",
     ]
-    assert second.scores is not None and second.scores.forgetting is not None
+    assert matrix.forgetting is not None
     assert first.unsure == (), "a first version has no old task"
     assert second.unsure, "too few rows judged bank for this limit; without being asked, the version only says so"
     sizes = [[cell.num_rows for cell in row] for row in AccuracyMatrix.from_json(second.matrix).cells]

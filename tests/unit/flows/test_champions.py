@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -88,10 +87,8 @@ def test_an_accuracy_below_the_recorded_one_is_said(monkeypatch: pytest.MonkeyPa
         def said(self, message: str) -> None:
             said.append(message)
 
-    async def evaluate() -> Any:
-        with reporting_to(Screen()):
-            return await flows.champions.evaluate.fn("a")
-
-    assert asyncio.run(evaluate()).accuracies["bank"] == 0.25
+    with reporting_to(Screen()):
+        result = asyncio.run(flows.champions.score_again("a"))
+    assert result.accuracies["bank"] == 0.25
     (line,) = said
     assert "Version 1 of a" in line and "25.0% on bank, below the 75.0%" in line
