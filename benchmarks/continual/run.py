@@ -16,6 +16,7 @@ from filelock import FileLock
 
 from benchmarks.continual.cell import Cell, pack_answers
 from benchmarks.continual.suites import Rows, SuiteTask
+from benchmarks.method.asked import DealAsked, TaskTexts, further_rows
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.adapter.state import adapter_on, load_method_state
 from deal_core.base_model.device import describe_machine
@@ -30,8 +31,6 @@ from deal_core.evaluation.score import evaluate_answers, evaluate_task
 from deal_core.method_config import MethodConfig
 from deal_core.regular_file import complete_file
 from deal_core.selection.choose import choose_rows
-from deal_core.strategies import strategy_class
-from deal_core.strategies.strategy import TaskTexts
 from deal_core.training.train import KeptSource, TrainingSetup, train_adapter
 
 OnProgress = Callable[[float, float, str], None]
@@ -182,20 +181,20 @@ def _make_version(run: CellRun, number: int, stage: _Stage) -> None:
     def on_log(step: int, _: Mapping[str, float]) -> None:
         run.on_progress(number + 0.7 * step / num_steps, num_versions, f"{first}: step {step} of {num_steps}")
 
-    asks_further_rows = not stage.is_together and strategy_class(cell.strategy).asks_further_rows
+    asks_further_rows = not stage.is_together and cell.strategy == DealAsked.name
     old_texts = [_further_rows(run, name) for name in stage.old] if asks_further_rows else []
-    result = train_adapter(
-        run.base,
-        rows,
-        setup,
-        parent_folder=parent_folder,
-        joined=joined,
-        kept=KeptSource(folder=before) if stage.is_together and before else None,
-        old_texts=old_texts,
-        output_folder=folder,
-        checkpoint_folder=run.work / f"{number}-checkpoints",
-        on_log=on_log,
-    )
+    with further_rows(old_texts):
+        result = train_adapter(
+            run.base,
+            rows,
+            setup,
+            parent_folder=parent_folder,
+            joined=joined,
+            kept=KeptSource(folder=before) if stage.is_together and before else None,
+            output_folder=folder,
+            checkpoint_folder=run.work / f"{number}-checkpoints",
+            on_log=on_log,
+        )
     trained = time.perf_counter()
     with adapter_on(run.base.model, folder) as model:
         scores = _score(run, model, _test_rows(run, stage.scored), number + 0.7, num_versions)

@@ -49,6 +49,7 @@ from torch import Tensor, nn
 
 from benchmarks.continual.run import NUM_FURTHER_ROWS
 from benchmarks.continual.suites import load_suite
+from benchmarks.method.asked import TaskTexts
 from benchmarks.method.recentre import recentre_adapter
 from benchmarks.method.versions import Versions
 from benchmarks.output import RESULTS, Base, Out, write_result
@@ -60,7 +61,6 @@ from deal_core.data.collate import IGNORED, NOT_READ
 from deal_core.evaluation.report import outcome_text
 from deal_core.method_config import MethodConfig
 from deal_core.strategies import strategy_class
-from deal_core.strategies.strategy import TaskTexts
 from deal_core.training import train as training
 from deal_core.training.trainer import AdapterTrainer
 from infra.settings import HomeSettings

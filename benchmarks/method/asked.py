@@ -10,12 +10,15 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
@@ -30,7 +33,32 @@ from deal_core.strategies.deal import Deal
 from deal_core.strategies.kept_rows import choose_rows, labelled_rows, pack, unpack
 from deal_core.strategies.old_tasks import about_arrival, answered, tasks_to_ask
 from deal_core.strategies.rehearsal import Rehearsal, RehearsedRow, shuffled
-from deal_core.strategies.strategy import SEED_STRIDE, PlannedArrival, TaskContext, TaskTexts
+from deal_core.strategies.strategy import SEED_STRIDE, PlannedArrival, TaskContext
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskTexts:
+    """Further rows of an old task, which it was not trained on and which do not judge the version."""
+
+    task: TaskSchema
+    rows: Dataset
+    """Columns input and output."""
+    max_prompt_tokens: int
+    max_new_tokens: int
+    """Longest answer of the task. It is that of its first arrival, whatever later arrivals of other tasks have."""
+
+
+_FURTHER_ROWS: ContextVar[tuple[TaskTexts, ...]] = ContextVar("further rows", default=())
+
+
+@contextmanager
+def further_rows(texts: Iterable[TaskTexts]) -> Iterator[None]:
+    """Give `deal_asked` further rows of old tasks until the end of the block: only a benchmark has such rows."""
+    token = _FURTHER_ROWS.set(tuple(texts))
+    try:
+        yield
+    finally:
+        _FURTHER_ROWS.reset(token)
 
 
 @settings("strategy_options")
@@ -94,7 +122,6 @@ class DealAsked(Deal):
     name = "deal_asked"
     reads = ("deal",)
     Options = AskedOptions
-    asks_further_rows = True
     first_is_plain = False  # with texts stored or both, it keeps rows, which a shared first version lacks
     revision = 1
 
@@ -119,7 +146,7 @@ class DealAsked(Deal):
         options, context = self.options, self.context
         stored = [unpack(self._kept[name]) for name in sorted(self._kept)] if options.keeps_rows else []
         stored = [rows for rows in stored if rows]
-        own = [texts for texts in context.old_texts if options.texts == "own" and len(texts.rows)]
+        own = [texts for texts in _FURTHER_ROWS.get() if options.texts == "own" and len(texts.rows)]
         own = [texts for texts in own if texts.task.name != context.task.name]
         asks_arrival = options.texts in ("arrival", "own", "both")
         names = {texts.task.name for texts in own}

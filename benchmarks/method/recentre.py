@@ -14,13 +14,12 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from benchmarks.method.asked import labelled_texts
+from benchmarks.method.asked import TaskTexts, labelled_texts
 from deal_core.adapter.state import load_adapter, load_method_state, save_adapter
 from deal_core.base_model.load import BaseModel
 from deal_core.config import TrainConfig
 from deal_core.data.collate import answer_collator
 from deal_core.strategies.rehearsal import Rehearsal
-from deal_core.strategies.strategy import TaskTexts
 
 OnStage = Callable[[int, int, str], None]
 

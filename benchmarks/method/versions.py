@@ -9,6 +9,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from benchmarks.continual.suites import SuiteTask
+from benchmarks.method.asked import TaskTexts, further_rows
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.load import BaseModel
 from deal_core.config import AdapterConfig, TrainConfig
@@ -16,7 +17,6 @@ from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.answering import ServedTask
 from deal_core.evaluation.score import TaskEvaluation, evaluate_task
 from deal_core.method_config import MethodConfig
-from deal_core.strategies.strategy import TaskTexts
 from deal_core.training.train import TrainingResult, TrainingSetup, train_adapter
 
 
@@ -31,16 +31,16 @@ def train_into(
     old_texts: Sequence[TaskTexts] = (),
 ) -> TrainingResult:
     """Train an adapter into a folder; its checkpoints, if there are any, go there too."""
-    return train_adapter(
-        base,
-        rows,
-        setup,
-        parent_folder=parent,
-        joined=joined,
-        old_texts=old_texts,
-        output_folder=folder,
-        checkpoint_folder=folder / "checkpoints",
-    )
+    with further_rows(old_texts):
+        return train_adapter(
+            base,
+            rows,
+            setup,
+            parent_folder=parent,
+            joined=joined,
+            output_folder=folder,
+            checkpoint_folder=folder / "checkpoints",
+        )
 
 
 @dataclass(frozen=True)

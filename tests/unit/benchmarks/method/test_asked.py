@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from benchmarks.method.asked import DealAsked
+from benchmarks.method.asked import DealAsked, TaskTexts, further_rows
 from deal_core.adapter.files import MethodState
 from deal_core.adapter.state import adapter_on
 from deal_core.config import AdapterConfig, TrainConfig
@@ -17,7 +17,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.method_config import DealConfig, MethodConfig
 from deal_core.strategies import make_strategy
 from deal_core.strategies.rehearsal import RehearsedRow
-from deal_core.strategies.strategy import TaskContext, TaskTexts
+from deal_core.strategies.strategy import TaskContext
 
 pytestmark = pytest.mark.nightly
 
@@ -50,14 +50,13 @@ def arrive(base, rows, parent) -> Arrive:
             rows=rows(6),
             encoded=rows(6),
             old_tasks=tuple(olds),
-            old_texts=tuple(own),
             adapter=AdapterConfig(),
             train=train,
         )
         config = MethodConfig(deal=DealConfig(core="free"), strategy_options=options)
         strategy = make_strategy("deal_asked", config, 0)
         assert isinstance(strategy, DealAsked)
-        with adapter_on(base.model, parent) as model:
+        with adapter_on(base.model, parent) as model, further_rows(own):
             state = MethodState(strategy="deal_asked", stores=strategy.stores, tensors=tensors or {})
             strategy.prepare(model, state, context)
         return strategy
@@ -86,8 +85,8 @@ def test_a_killed_run_ends_with_the_same_losses(parent, train, killed_and_resume
         "train": STEPS,
         "strategy_options": {"texts": "own", "answers": "first"},
         "old_tasks": (SIZES, SHAPES),
-        "old_texts": [texts(SIZES, ["large", "small"] * 5)],
     }
-    whole = train("deal_asked", parent, **given)
-    resumed = killed_and_resumed("deal_asked", parent, at=6, **given)
+    with further_rows([texts(SIZES, ["large", "small"] * 5)]):
+        whole = train("deal_asked", parent, **given)
+        resumed = killed_and_resumed("deal_asked", parent, at=6, **given)
     assert resumed.result.resumed_from_step == 4 and resumed.losses == whole.losses

@@ -9,11 +9,11 @@ import pytest
 from datasets import Dataset
 from scipy.special import softmax
 
+from benchmarks.method.asked import TaskTexts
 from benchmarks.method.recentre import recentre_adapter
 from deal_core.adapter.state import adapter_on
 from deal_core.config import TrainConfig
 from deal_core.evaluation.label_scores import label_scores
-from deal_core.strategies.strategy import TaskTexts
 
 CLOSING = TrainConfig(batch_size=8, learning_rate=2e-2, max_prompt_tokens=64)
 
