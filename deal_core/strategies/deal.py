@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from deal_core.adapter.files import MethodState
 from deal_core.method_config import MethodConfig
-from deal_core.strategies.rehearsing import KeepsRows
-from deal_core.strategies.strategy import SEED_STRIDE, PlannedArrival, TaskContext, TensorNumbers
+from deal_core.strategies.replay import Replay
+from deal_core.strategies.strategy import PlannedArrival, TaskContext, TensorNumbers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -22,11 +22,11 @@ ANSWER_WEIGHT = 0.5
 """β: weight of the right answer in the target of a kept row; the rest is the parent's answer."""
 
 
-class Deal(KeepsRows):
+class Deal(Replay):
     """The first task of a lineage is plain LoRA.
 
-    A step of a later task has its batch and a few rows of the old tasks; see `deal_core.strategies.old_tasks`.
-    With a soft or frozen core, the parameters of the retention network are trained instead of A and B.
+    A later task is replay whose targets hold the parent's answers too; see `deal_core.strategies.old_tasks`. With a
+    soft or frozen core, the parameters of the retention network are trained instead of A and B.
     """
 
     name = "deal"
@@ -81,10 +81,8 @@ class Deal(KeepsRows):
         """Return the rows of old tasks with their targets, which the model as it is now answers."""
         from deal_core.strategies.old_tasks import make_rehearsal
 
-        seed = self.seed + SEED_STRIDE * self.num_arrivals
-        return make_rehearsal(
-            self.config.rehearsal, self.model, self.context, self._kept, seed, answer_weight=ANSWER_WEIGHT
-        )
+        config, seed = self.config.rehearsal, self.arrival_seed
+        return make_rehearsal(config, self.model, self.context, self._kept, seed, answer_weight=ANSWER_WEIGHT)
 
     def reparametrization(self) -> Reparametrization:
         """Return the retention network, made from the parent's factors."""

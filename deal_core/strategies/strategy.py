@@ -1,7 +1,22 @@
-"""The interface of all strategies.
+"""The interface of all strategies, and the order in which a training calls it.
 
-What a strategy needs is said by its class: what it reads, rehearses and holds. Commands read this before they know
-whether anything is to be learned, so torch is imported only in functions that compute.
+    strategy.prepare(model, state, context)      the model is still the parent version
+    rehearsal = strategy.rehearsal()             rows of old tasks, if there are any
+    for each optimiser step:
+        for each micro-batch of new rows:        loss of the objective → gradients of A and B
+        rehearsal.loss(model, step)              loss of this step's old rows → gradients are added
+        strategy.before_step()                   gradients of A and B → gradients of strategy.parameters()
+        strategy.penalty()                       its gradients are added
+        clip, AdamW                              a step of strategy.parameters()
+        strategy.after_step()                    parameters → A and B
+        strategy.checkpoint()                    after some steps; a resumed training begins with restore
+    strategy.finish()                            the state for the next arrival; the adapter holds the result
+
+`deal_core.training.trainer` is the loop. On an accelerator the old rows are read with the last micro-batch. The base
+class does nothing in its hooks, which is plain LoRA. `deal_core.strategies.replay` is the smallest method of its own.
+
+The class itself says what a strategy reads, rehearses and holds. Commands ask it before they know whether anything is
+learned, so torch is imported only in functions that compute.
 """
 
 from __future__ import annotations
@@ -97,11 +112,7 @@ class TensorNumbers:
 
 
 class Strategy:
-    """Hooks of the training loop. This base class is plain LoRA, continued from the parent's factors.
-
-    Order of calls: first prepare. Then, for every optimiser step: loss of the rehearsal, before_step (gradients are
-    accumulated by then), gradient of penalty, clip, step, after_step. At the end finish.
-    """
+    """Hooks of the training loop, see above. This base class is plain LoRA, continued from the parent's factors."""
 
     name: ClassVar[str]
     reads: ClassVar[tuple[str, ...]] = ()
@@ -177,11 +188,16 @@ class Strategy:
         self.context = context
         self.num_arrivals = 0 if state is None else state.num_arrivals
 
+    @property
+    def arrival_seed(self) -> int:
+        """Seed of the random choices of this arrival; it differs from arrival to arrival."""
+        return self.seed + SEED_STRIDE * self.num_arrivals
+
     def fresh(self) -> torch.Generator:
-        """Return the generator of new slots' seeds. It is on the CPU, the same for every device; arrivals differ."""
+        """Return the generator of new slots' seeds. It is on the CPU, the same for every device."""
         import torch
 
-        return torch.Generator().manual_seed(self.seed + SEED_STRIDE * self.num_arrivals)
+        return torch.Generator().manual_seed(self.arrival_seed)
 
     def parameters(self) -> Sequence[nn.Parameter]:
         """Return the parameters that the optimiser trains."""
