@@ -184,9 +184,9 @@ class TrainConfig:
         return num_rows - (round(self.validation_share * num_rows) if num_rows >= MIN_VALIDATED else 0)
 
     def num_steps(self, num_rows: int) -> int:
-        """Optimiser steps for a task of which `num_rows` rows are learned."""
+        """Return the optimiser steps for so many training rows, of which some may be for validation."""
         rows_per_step = self.batch_size * self.gradient_accumulation_steps
-        return self.max_steps or math.ceil(num_rows / rows_per_step) * self.num_epochs
+        return self.max_steps or math.ceil(self.num_learned(num_rows) / rows_per_step) * self.num_epochs
 
 
 PREFERENCE = "preference"

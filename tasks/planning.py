@@ -209,7 +209,7 @@ def plan(
                 old_tasks=old_tasks,
                 kept=_kept_by(store, champion, old_tasks) if champion else {},
                 num_rows=num_chosen,
-                num_steps=spec.train.num_steps(spec.train.num_learned(num_chosen)),
+                num_steps=spec.train.num_steps(num_chosen),
             ),
         )
         return _plan_rows(run, manifest, rows, planned, probe, on_progress)

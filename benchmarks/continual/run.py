@@ -176,7 +176,7 @@ def _make_version(run: CellRun, number: int, stage: _Stage) -> None:
         rows = rows.select(chosen.rows)
     joined = [(run.tasks[name].schema, _rows(run, name)) for name in more]
     num_rows = len(rows) + sum(len(others) for _, others in joined)
-    num_steps = cell.train.num_steps(cell.train.num_learned(num_rows))
+    num_steps = cell.train.num_steps(num_rows)
 
     def on_log(step: int, _: Mapping[str, float]) -> None:
         run.on_progress(number + 0.7 * step / num_steps, num_versions, f"{first}: step {step} of {num_steps}")

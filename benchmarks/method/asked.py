@@ -154,7 +154,7 @@ class DealAsked(Deal):
         olds: list[TaskSchema] = tasks_to_ask(others, context.task) if asks_arrival else []
         # every arrival asks in a new order; otherwise, with few steps, only the same few rows are asked
         seed = self.seed + SEED_STRIDE * (self.num_arrivals if own else len(stored))
-        num_put = options.rows_per_step * context.train.num_steps(len(context.encoded))
+        num_put = options.rows_per_step * context.num_steps
         num_put //= 2 if stored and asks_arrival else 1
 
         def num_each(tasks: Sequence[object]) -> int:

@@ -82,6 +82,7 @@ class Stepper:
             rows=rows,
             encoded=rows,
             old_tasks=(OLD_TASK,),
+            num_steps=6,
             adapter=AdapterConfig(),
             train=TrainConfig(max_prompt_tokens=num_tokens - 2),
         )

@@ -61,7 +61,7 @@ def make_rehearsal(
         else:
             others.append(old)
     olds = tasks_to_ask(others, context.task)
-    num_each = texts_per_task(config, context.train.num_steps(len(context.encoded)), len(olds))
+    num_each = texts_per_task(config, context.num_steps, len(olds))
     sets += about_arrival(model, context, olds, seed, num_each)
     return Rehearsal(sets, context.collator(), num_rows=config.per_step, seed=seed) if sets else None
 

@@ -59,6 +59,8 @@ class TaskContext:
     """The same rows as tokens, columns prompt_ids, answer_ids, length and is_prompt_cut."""
     old_tasks: tuple[TaskSchema, ...]
     """Instructions and labels of the tasks that the parent has learned, in order; never their rows."""
+    num_steps: int
+    """Optimiser steps."""
     adapter: AdapterConfig
     """Shape of a lineage's first adapter."""
     train: TrainConfig

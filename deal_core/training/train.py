@@ -137,9 +137,9 @@ def train_adapter(
     if joined and any(schema.learns_preferences for schema, _ in tasks):
         raise ConfigError("Preferences are learned alone, and joint training has several tasks; leave them out there.")
     encoded = _encode(tasks, more_rows, base, train)
-    num_rows = train.num_learned(len(encoded))
+    num_rows, num_steps = train.num_learned(len(encoded)), train.num_steps(len(encoded))
     rate = train.preference_learning_rate if task.learns_preferences else train.rate(base.model.num_parameters())
-    args = training_arguments(train, checkpoint_folder, num_rows, rate)
+    args = training_arguments(train, checkpoint_folder, num_steps, rate)
     if args.world_size != train.num_processes:
         raise ConfigError(
             f"train.num_processes is {train.num_processes}, but here {args.world_size} train; an adaptation starts its "
@@ -170,7 +170,7 @@ def train_adapter(
             learned, held_back = _divide(encoded, num_rows, train.seed)
             validation = Validation(
                 encoded.select(held_back),
-                num_steps=args.max_steps,
+                num_steps=num_steps,
                 steps_of_epoch=math.ceil(num_rows / (train.batch_size * train.gradient_accumulation_steps)),
                 folder=checkpoint_folder,
             )
@@ -182,6 +182,7 @@ def train_adapter(
             rows=rows,
             encoded=encoded,
             old_tasks=setup.old_tasks,
+            num_steps=num_steps,
             adapter=setup.adapter,
             train=train,
         )
@@ -220,18 +221,18 @@ def train_adapter(
         if args.process_index == 0:
             save_adapter(model, output_folder, state, base_name=base.name)
 
-        num_steps, log = trainer.state.global_step, trainer.state.log_history
+        steps_taken, log = trainer.state.global_step, trainer.state.log_history
         resumed_from = None if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
         rows_per_step = train.batch_size * train.gradient_accumulation_steps
-        seen, before = (_rows_until(step, num_rows, rows_per_step) for step in (num_steps, resumed_from or 0))
+        seen, before = (_rows_until(step, num_rows, rows_per_step) for step in (steps_taken, resumed_from or 0))
         notes = [
             *learner.notes(),
-            *_validated(validation, train, num_rows, num_steps),
+            *_validated(validation, train, num_rows, steps_taken),
             *_lost(parent_state, state),
             *_cut(encoded, train, train.answer_tokens(task.labels)),
         ]
         return TrainingResult(
-            num_steps=num_steps,
+            num_steps=steps_taken,
             seconds=seconds,
             rows_per_second=(seen - before) / seconds if seconds > 0 else 0.0,
             losses=tuple((int(figures["step"]), float(figures["loss"])) for figures in log if "loss" in figures),

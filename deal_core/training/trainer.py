@@ -53,7 +53,7 @@ APART_ON = ("cpu",)
 read both at once unless the new ones share a prefix: a pass over a few rows takes about as long as one over many."""
 
 
-def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_rows: int, rate: float) -> TrainingArguments:
+def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_steps: int, rate: float) -> TrainingArguments:
     """Translate this project's settings into transformers' TrainingArguments. `rate` is that of the first step."""
     save_steps = train.checkpoint_steps
     args = TrainingArguments(
@@ -62,12 +62,12 @@ def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_rows: in
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         learning_rate=rate,
         lr_scheduler_type=train.schedule,
-        warmup_steps=round(train.warmup_share * train.num_steps(num_rows)),
+        warmup_steps=round(train.warmup_share * num_steps),
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
-        max_steps=train.num_steps(num_rows),
+        max_steps=num_steps,
         logging_steps=1,
-        save_strategy="steps" if 0 < save_steps < train.num_steps(num_rows) else "no",
+        save_strategy="steps" if 0 < save_steps < num_steps else "no",
         save_steps=max(save_steps, 1),
         save_total_limit=None,  # `_save_checkpoint` removes old ones
         seed=train.seed,
@@ -88,13 +88,9 @@ def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_rows: in
 class AdapterTrainer(Trainer):
     """Runs Trainer's loop with a strategy's parameters in the optimiser.
 
-    Order at every optimiser step: micro-batches as in plain LoRA → loss of the rehearsal, whose rows an accelerator
-    reads with the last micro-batch → strategy.before_step (gradients of the factors become gradients of the method's
-    parameters) → gradient of strategy.penalty → clip → AdamW → strategy.after_step.
-
-    With several processes, each takes its share of every batch and of the rehearsal. The gradients of the factors are
-    averaged over the processes; from before_step on, all processes do the same. Accelerate's wrapper averages them, or
-    this class does if the base model is sharded.
+    The order of a step is that of `deal_core.strategies.strategy`. With several processes, each takes its share of
+    every batch and of the rehearsal. The gradients of the factors are averaged over the processes; from before_step on,
+    all processes do the same. Accelerate's wrapper averages them, or this class does if the base model is sharded.
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the weight of the whole accumulated batch

@@ -141,7 +141,7 @@ def _seconds(champion: Version, spec: AdaptSpec, num_rows: int) -> float | None:
         trained = read_findings(champion.adapter_uri).training
     except StoreError:
         return None
-    steps = spec.train.num_steps(spec.train.num_learned(num_rows))
+    steps = spec.train.num_steps(num_rows)
     return steps * trained.seconds / trained.num_steps if trained.num_steps else None
 
 

@@ -65,7 +65,7 @@ def train_version(adaptation: AdaptationRun) -> TrainedAdapter:
         training, num_rows, notes = (_alone if adaptation.consolidation is None else _together)(adaptation)
         curve = LiveCurve(adaptation.run)
         try:
-            on_message = _on_message(curve, train.num_steps(train.num_learned(num_rows)))
+            on_message = _on_message(curve, train.num_steps(num_rows))
             result = train_within_memory(training, lambda job: _train(job, adaptation, on_message))
         finally:
             curve.keep(store)

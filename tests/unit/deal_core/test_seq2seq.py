@@ -156,6 +156,7 @@ def test_the_target_of_a_kept_row_is_that_of_the_row_read_alone(base, parent, ro
         rows=rows(2),
         encoded=rows(2),
         old_tasks=(story,),
+        num_steps=1,
         adapter=AdapterConfig(),
         train=STEPS,
     )

@@ -50,6 +50,7 @@ def arrive(base, rows, parent) -> Arrive:
             rows=rows(6),
             encoded=rows(6),
             old_tasks=tuple(olds),
+            num_steps=train.num_steps(6),
             adapter=AdapterConfig(),
             train=train,
         )

@@ -34,6 +34,7 @@ def make_context(base, rows) -> MakeContext:
             rows=rows(num_rows),
             encoded=rows(num_rows),
             old_tasks=tuple(olds),
+            num_steps=train.num_steps(num_rows),
             adapter=AdapterConfig(),
             train=train,
         )
