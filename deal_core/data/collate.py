@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from itertools import accumulate, chain, takewhile
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import PartialState
@@ -47,17 +47,6 @@ MIN_PREFIX = 8
 MIN_PREFIX_ON = {"cpu": MIN_PREFIX}
 LONG_PREFIX = 128
 """The same on an accelerator, where one more pass over a few tokens would cost more than it saves."""
-
-
-class HasPrompt(Protocol):
-    """Something with the tokens of a prompt."""
-
-    @property
-    def prompt_ids(self) -> Sequence[int]:
-        """The tokens."""
-
-
-Row = TypeVar("Row", bound=HasPrompt)
 
 
 def encode_rows(
@@ -154,16 +143,6 @@ class AnswerCollator:
     is_padding_free: bool = False
     """Whether the rows stand behind one another in one line (1×ΣT). Each row's positions begin at 0, and the model does
     not attend from a row to another one."""
-
-    def groups(self, rows: Sequence[Row]) -> list[list[Row]]:
-        """Split the rows of several tasks into batches that each share a prefix; rows that share none are one batch."""
-        if not self.shares_prefix:
-            return [list(rows)]
-        by_start: dict[tuple[int, ...], list[Row]] = {}
-        for row in rows:
-            by_start.setdefault(tuple(row.prompt_ids[: self.min_prefix]), []).append(row)
-        single = [row for group in by_start.values() if len(group) == 1 for row in group]
-        return [*(group for group in by_start.values() if len(group) > 1), *([single] if single else [])]
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return input_ids (B×T), attention_mask (B×T, or B×(P+T)) and labels (B×K), the answers' tokens only."""

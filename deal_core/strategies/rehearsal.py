@@ -181,9 +181,18 @@ def read(
 ) -> Iterator[tuple[RehearsedRow, Tensor, Tensor]]:
     """Yield each row with the model's logits at its answer (K×V, fp32), and the answer's tokens (K) on the device."""
     device = next(model.parameters()).device
-    for group in collate.groups(rows):
+    for group in _sharing_prefix(rows, collate.min_prefix) if collate.shares_prefix else [rows]:
         inputs = {name: value.to(device) for name, value in collate([vars(row) for row in group]).items()}
         yield from at_answers(group, answer_logits(model, inputs), inputs)
+
+
+def _sharing_prefix(rows: Sequence[RehearsedRow], min_prefix: int) -> list[list[RehearsedRow]]:
+    """Split the rows of several tasks into batches that each share a prefix; rows that share none are one batch."""
+    by_start: dict[tuple[int, ...], list[RehearsedRow]] = {}
+    for row in rows:
+        by_start.setdefault(tuple(row.prompt_ids[:min_prefix]), []).append(row)
+    single = [row for group in by_start.values() if len(group) == 1 for row in group]
+    return [*(group for group in by_start.values() if len(group) > 1), *([single] if single else [])]
 
 
 def at_answers(

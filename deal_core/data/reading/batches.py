@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 
@@ -19,31 +19,8 @@ _FEW = 16
 """Rows of Parquet are taken one by one if they are fewer than this part of their batch."""
 
 
-class RowBatch(Protocol):
-    """Consecutive rows of a file."""
-
-    @property
-    def faults(self) -> dict[int, Problem]:
-        """Why rows of the file could not be read, by their places."""
-
-    @property
-    def doubts(self) -> dict[int, Doubt]:
-        """What looks wrong about rows of the file, by their places."""
-
-    def __len__(self) -> int: ...
-
-    def rows(self, places: Sequence[int] | None = None) -> list[RawRow]:
-        """The rows at these places, counted from 0; None: all."""
-
-    def numbers(self, places: Sequence[int]) -> list[int]:
-        """The numbers of the rows at these places, see `RawRow.number`."""
-
-    def cells(self, column: str) -> list[Any]:
-        """A column's cell in each row; NO_CELL where the row does not have the column."""
-
-
 class ParquetRows:
-    """Rows of a Parquet file."""
+    """Rows of a Parquet file. All of them can be read, and none looks wrong."""
 
     def __init__(self, cells: pa.RecordBatch, number: int, columns: Collection[str] | None) -> None:
         self._batch, self._number, self._columns = cells, number, columns
@@ -54,7 +31,7 @@ class ParquetRows:
         return int(self._batch.num_rows)
 
     def rows(self, places: Sequence[int] | None = None) -> list[RawRow]:
-        """See `RowBatch.rows`; for the columns see `rows_of`."""
+        """The rows at these places, counted from 0; None: all. For the columns see `rows_of`."""
         if places is None:
             return self._rows
         if len(places) * _FEW > len(self):
@@ -63,11 +40,11 @@ class ParquetRows:
         return [row for piece, number in slices for row in rows_of(piece, number, self._columns)]
 
     def numbers(self, places: Sequence[int]) -> list[int]:
-        """See `RowBatch.numbers`."""
+        """The numbers of the rows at these places, see `RawRow.number`."""
         return [self._number + place for place in places]
 
     def cells(self, column: str) -> list[Any]:
-        """See `RowBatch.cells`. Of columns of one name the last counts, as in a row's dict."""
+        """A column's cell in each row, or NO_CELL. Of columns of one name the last counts, as in a row's dict."""
         indices = self._batch.schema.get_all_field_indices(column)
         return cells_of(self._batch.column(indices[-1])) if indices else [NO_CELL] * len(self)
 
@@ -77,27 +54,33 @@ class ParquetRows:
 
 
 class RowList:
-    """Rows that are Python objects already, such as those of a text file."""
+    """Rows that are Python objects already, such as those of a text file. Its methods are those of `ParquetRows`."""
 
     def __init__(self, rows: Sequence[RawRow]) -> None:
         self._rows = rows
         self.faults = {place: row.fault for place, row in enumerate(rows) if row.fault is not None}
+        """Why rows could not be read, by their places."""
         self.doubts = {place: row.doubt for place, row in enumerate(rows) if row.doubt is not None}
+        """What looks wrong about rows, by their places."""
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def rows(self, places: Sequence[int] | None = None) -> list[RawRow]:
-        """See `RowBatch.rows`."""
+        """The rows at these places; None: all."""
         return [*self._rows] if places is None else [self._rows[place] for place in places]
 
     def numbers(self, places: Sequence[int]) -> list[int]:
-        """See `RowBatch.numbers`."""
+        """Their numbers in the file."""
         return [self._rows[place].number for place in places]
 
     def cells(self, column: str) -> list[Any]:
-        """See `RowBatch.cells`."""
+        """A column's cell in each row, or NO_CELL."""
         return [row.values.get(column, NO_CELL) for row in self._rows]
+
+
+RowBatch = ParquetRows | RowList
+"""Consecutive rows of a file."""
 
 
 def sent_rows(content: bytes) -> RowList:
