@@ -29,9 +29,6 @@ from deal_core.limits import (
 )
 from deal_core.safe_text import brief
 
-FORBID_UNKNOWN: dict[str, Any] = {"extra": "forbid"}
-
-
 MAX_RANK = 2**14
 """Hardly a base model has layers with more dimensions, which a rank cannot exceed."""
 RSLORA_ALPHA = 8.0

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
+from pydantic import ConfigDict
 
-from deal_core.config import FORBID_UNKNOWN, check_metric
+from deal_core.config import check_metric
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.safe_text import brief, listed
 from deal_core.schema_version import VersionedJson
@@ -92,7 +93,7 @@ class TaskSchema:
         ConfigError: A field is not valid; the message names the field and what to give.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_UNKNOWN
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     name: str
     """Name of letters, digits, dot, dash and underscore; it becomes part of paths."""

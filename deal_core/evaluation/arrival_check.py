@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from deal_core.config import FORBID_UNKNOWN
+from pydantic import ConfigDict
+
 from deal_core.evaluation.estimate import above_threshold
 from deal_core.evaluation.interval import score_text, wilson_interval
 
@@ -45,7 +46,7 @@ class AnsweredRows:
 class ArrivalScore:
     """What the champion scored on an arrival of a task that it knows, before any training. Scores are 0 to 1."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_UNKNOWN
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     accuracy: float
     low: float

@@ -50,9 +50,8 @@ def keep_rows(
     """
     if not config.rows:
         return {}
-    name, encoded = rows_name(context.task.name), context.encoded
+    encoded, earlier = context.encoded, rows_of(kept, context.task.name)
     new = [RehearsedRow(row["prompt_ids"], row["answer_ids"]) for row in encoded]
-    earlier = unpack(kept[name]) if name in kept else []
     pairs: list[tuple[RehearsedRow, ...]]
     if context.task.learns_preferences:  # pairs of a better and a worse answer
         worse = [RehearsedRow(row["prompt_ids"], row[REJECTED_IDS]) for row in encoded]
@@ -61,7 +60,7 @@ def keep_rows(
         pairs = [(row,) for row in (*earlier, *new)]
     num_rows = max(config.num_kept(len(pairs)), min(config.rows, len(pairs) - len(new)))
     places = choose_rows([tuple(pair[0].answer_ids) for pair in pairs], num_rows, seed)
-    return {**kept, name: pack([row for place in places for row in pairs[place]])}
+    return {**kept, rows_name(context.task.name): pack([row for place in places for row in pairs[place]])}
 
 
 def choose_rows(answers: Sequence[Hashable], num_rows: int, seed: int) -> list[int]:
@@ -92,9 +91,15 @@ def unpack(packed: Tensor) -> list[RehearsedRow]:
     return rows
 
 
+def rows_of(kept: Mapping[str, Tensor], task: str) -> list[RehearsedRow]:
+    """Return the kept rows of a task; empty if there are none. `deal data delete` empties the rows of a task."""
+    packed = kept.get(rows_name(task))
+    return [] if packed is None else unpack(packed)
+
+
 def right_rows(kept: Mapping[str, Tensor], task: TaskSchema) -> list[RehearsedRow]:
     """Return the kept rows of a task whose answers are right ones; of a preference, those of the better answers."""
-    rows = unpack(kept[name]) if (name := rows_name(task.name)) in kept else []
+    rows = rows_of(kept, task.name)
     return rows[::2] if task.learns_preferences else rows
 
 
@@ -102,7 +107,7 @@ def sizes_of(kept: Mapping[str, Tensor], tasks: Iterable[str]) -> dict[str, Kept
     """Return the size of each task's kept rows; tasks without rows are left out."""
     sizes = {}
     for task in tasks:
-        if (name := rows_name(task)) in kept and (rows := unpack(kept[name])):
+        if rows := rows_of(kept, task):
             longest_prompt = max(len(row.prompt_ids) for row in rows)
             sizes[task] = KeptRows(len(rows), longest_prompt, max(len(row.answer_ids) for row in rows))
     return sizes
@@ -138,7 +143,9 @@ def with_targets(
     labels = [encode_answer(tokenizer, task, label, longest) for label in task.labels]
     numbers = {tuple(label): number for number, label in enumerate(labels)}
     targets = [numbers.get(tuple(row.answer_ids)) for row in rows]
-    if task.learns_preferences or len(numbers) < len(task.labels) or None in targets or not labels:
+    are_labels = None not in targets  # without labels no answer is one
+    are_distinct = len(numbers) == len(labels)
+    if task.learns_preferences or not (are_labels and are_distinct):
         weight = 0.0 if task.learns_preferences else answer_weight
 
         def mixed(logits_KV: Tensor, labels_K: Tensor) -> Tensor:

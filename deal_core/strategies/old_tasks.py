@@ -19,7 +19,7 @@ from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.generation import answer_limit, generate
 from deal_core.method_config import RehearsalConfig
-from deal_core.strategies.kept_rows import rows_name, unpack, with_targets
+from deal_core.strategies.kept_rows import rows_of, with_targets
 from deal_core.strategies.rehearsal import Rehearsal, RehearsedRow
 from deal_core.strategies.strategy import PlannedArrival, TaskContext
 
@@ -55,8 +55,7 @@ def make_rehearsal(
     sets: list[list[RehearsedRow]] = []
     others: list[TaskSchema] = []
     for old in context.old_tasks:
-        rows = unpack(kept[name]) if (name := rows_name(old.name)) in kept else []
-        if rows:  # `deal data delete` empties the rows of a task
+        if rows := rows_of(kept, old.name):
             sets.append(with_targets(rows, old, model, context, generator, answer_weight))
         else:
             others.append(old)
@@ -157,6 +156,6 @@ def num_answered(config: RehearsalConfig, arrival: PlannedArrival) -> int:
 
 def not_rehearsed(context: TaskContext, kept: Mapping[str, Tensor]) -> str:
     """Return the names of the old tasks that are not rehearsed, other than the arriving one; empty if all are."""
-    others = [old for old in context.old_tasks if not len(kept.get(rows_name(old.name), ()))]
+    others = [old for old in context.old_tasks if not rows_of(kept, old.name)]
     wordings = {_wording(old) for old in tasks_to_ask(others, context.task)}
     return ", ".join(old.name for old in others if old.name != context.task.name and _wording(old) not in wordings)

@@ -33,7 +33,7 @@ from deal_core.training.objective import (
     add_preferences,
     describe_preferences,
 )
-from deal_core.training.trainer import AdapterTrainer, OnCheckpoint, OnLog, find_checkpoint, training_arguments
+from deal_core.training.trainer import AdapterTrainer, OnCheckpoint, OnLog, find_checkpoint, step_of, training_arguments
 from deal_core.training.validation import Validation
 
 MIN_REPEATS = 4
@@ -222,7 +222,7 @@ def train_adapter(
             save_adapter(model, output_folder, state, base_name=base.name)
 
         steps_taken, log = trainer.state.global_step, trainer.state.log_history
-        resumed_from = None if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
+        resumed_from = None if checkpoint is None else step_of(checkpoint)
         rows_per_step = train.batch_size * train.gradient_accumulation_steps
         seen, before = (_rows_until(step, num_rows, rows_per_step) for step in (steps_taken, resumed_from or 0))
         notes = [

@@ -19,7 +19,7 @@ from accelerate.utils import broadcast, gather, reduce
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -33,7 +33,7 @@ from deal_core.regular_file import complete_file, flush_to_disk
 from deal_core.strategies.rehearsal import at_answers
 from deal_core.strategies.strategy import Strategy
 from deal_core.training.objective import Objective
-from deal_core.training.validation import VALIDATION_LOSS, Validation
+from deal_core.training.validation import VALIDATION_LOSS, Validation, save_tensors
 
 OnLog = Callable[[int, Mapping[str, float]], None]
 OnCheckpoint = Callable[[Path], None]
@@ -137,7 +137,7 @@ class AdapterTrainer(Trainer):
         if checkpoint is not None and (checkpoint / STRATEGY_TENSORS).is_file():
             self.strategy.restore(load_file(checkpoint / STRATEGY_TENSORS))
         if self._validation is not None:
-            until = 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
+            until = 0 if checkpoint is None else step_of(checkpoint)
             earlier = [figures for figures in self._steps.read() if figures["step"] <= until]
             losses = [(int(step["step"]), step[VALIDATION_LOSS]) for step in earlier if VALIDATION_LOSS in step]
             self._validation.resume(checkpoint, losses)
@@ -283,12 +283,8 @@ class AdapterTrainer(Trainer):
 
     def _complete(self, folder: Path, steps: Sequence[Mapping[str, float]]) -> None:
         """Add to a checkpoint what this project keeps, and remove old checkpoints."""
-        tensors = self.strategy.checkpoint()
-        if tensors:
-            save_file(
-                {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()},
-                folder / STRATEGY_TENSORS,
-            )
+        if tensors := self.strategy.checkpoint():
+            save_tensors(tensors, folder / STRATEGY_TENSORS)
         self._steps.keep(steps)
         if self._validation is not None:
             self._validation.add_to(folder)
@@ -379,12 +375,17 @@ def _as_lines(steps: Sequence[Mapping[str, float]]) -> str:
     return "".join(json.dumps(figures) + "\n" for figures in steps)
 
 
+def step_of(checkpoint: Path) -> int:
+    """Return the step after which a checkpoint was written, from the name of its folder."""
+    return int(checkpoint.name.rsplit("-", 1)[1])
+
+
 def find_checkpoint(folder: Path) -> Path | None:
     """Return the newest complete checkpoint; remove incomplete ones that a killed process left."""
     checkpoints = {}
     for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         if (path / COMPLETE).is_file():
-            checkpoints[int(path.name.rsplit("-", 1)[1])] = path
+            checkpoints[step_of(path)] = path
         else:
             shutil.rmtree(path)
     return checkpoints[max(checkpoints)] if checkpoints else None

@@ -115,9 +115,7 @@ class Validation:
         tensors |= {f"{_STRATEGY}{name}": tensor for name, tensor in strategy.checkpoint().items()}
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with complete_file(self._file) as part:
-            save_file(
-                {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}, part
-            )
+            save_tensors(tensors, part)
 
     def add_to(self, checkpoint: Path) -> None:
         """Give a checkpoint the tensors of the best step so far."""
@@ -151,3 +149,8 @@ class Validation:
             f"validation: of {num_steps} steps, step {self.best_step} is kept, where the loss of {self.num_rows} rows "
             f"that were held back was smallest ({loss:.3f}){early}"
         )
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write tensors that a training still uses; parts of a larger tensor are written as tensors of their own."""
+    save_file({name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}, file)
