@@ -28,9 +28,11 @@ from deal_core.evaluation.batches import in_batches, rows_with_logits
 
 OnProgress = Callable[[int], None]
 """Called with the number of rows just read or answered."""
+OnCount = Callable[[int, int], None]
+"""Called with the number of rows read or answered so far, and the number of all."""
 
 
-def counting(on_progress: Callable[[int, int], None], total: int, done: int = 0) -> OnProgress:
+def counting(on_progress: OnCount, total: int, done: int = 0) -> OnProgress:
     """Return an `OnProgress` that reports how many of `total` rows are done so far, if `done` are at first."""
 
     def report(num_rows: int) -> None:

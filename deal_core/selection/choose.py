@@ -12,10 +12,9 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from datasets import Dataset
 from torch import Tensor
 
@@ -23,24 +22,22 @@ from deal_core.adapter.files import digests_of, sha256_together
 from deal_core.adapter.state import adapter_on, load_method_state
 from deal_core.base_model.load import BaseModel
 from deal_core.data.row_warnings import balance_warning
+from deal_core.data.schema import TaskSchema
 from deal_core.errors import AdapterStateError, ConfigError
-from deal_core.evaluation.generation import counting
+from deal_core.evaluation.generation import OnCount, counting
 from deal_core.evaluation.likelihood import measure
 from deal_core.method_config import SelectionConfig
 from deal_core.regular_file import complete_file
 from deal_core.safe_text import listed
 from deal_core.schema_version import VersionedJson
 from deal_core.selection import score_class
-from deal_core.selection.label_noise import LabelCheck, check_labels
+from deal_core.selection.label_noise import check_labels
 from deal_core.selection.score import Candidates, RandomScore
 from deal_core.strategies.strategy import SEED_STRIDE
 from deal_core.training.train import TrainingSetup
 
-OnProgress = Callable[[int, int], None]
-SAMPLE, SCORE = range(2)
-"""Numbers of the random choices of one selection; each has its own seed."""
-PURPOSE_STRIDE = 7_919
-"""Distance between the seeds of these choices."""
+SCORE_SEED = 7_919
+"""Distance between the seed of the sample and that of the score."""
 MAX_NAMED = 10
 """Suspected rows that a note names."""
 
@@ -60,18 +57,21 @@ class ChosenRows(VersionedJson, what="selection.json", error=AdapterStateError, 
 def choose_rows(
     rows: Dataset,
     setup: TrainingSetup,
-    lend_base: Callable[[], BaseModel],
+    cached_base: Callable[[], BaseModel],
     *,
     parent_folder: Path | None,
     journal: Path,
-    on_progress: OnProgress = lambda done, total: None,
+    on_progress: OnCount = lambda done, total: None,
 ) -> ChosenRows:
     """Choose training rows by `setup.method.selection`. A second call with the same arguments reads the first's choice.
 
-    `rows` are all training rows, with the columns input and output, and sha256 if rows are to be named by it.
-    `lend_base` returns the base model without an adapter; it is called only if a model reads rows. `parent_folder` is
-    None for the first task of a lineage. The file `journal` must outlive the run's checkpoints. `on_progress` is called
-    with the number of rows that the model has read, and the number that it will read.
+    Args:
+        rows: All training rows, with the columns input and output, and sha256 if notes are to name rows by it.
+        setup: The training.
+        cached_base: Returns the base model without an adapter. It is called only if a model reads rows.
+        parent_folder: The parent's adapter; None for the first task of a lineage.
+        journal: The file of the choice. It must outlive the run's checkpoints.
+        on_progress: Called with the number of rows that the model has read, and the number that it will read.
 
     Raises:
         ConfigError: The score is not known or cannot be used, or it returns something else than a number for each row.
@@ -84,7 +84,8 @@ def choose_rows(
         chosen = ChosenRows.from_json(json.loads(journal.read_bytes()))
         if chosen.key == key:
             return chosen
-    chosen = _Choosing(rows, setup, lend_base, parent_folder, on_progress).make(key)
+    numbers, notes = _choose(rows, setup, cached_base, parent_folder, on_progress)
+    chosen = ChosenRows(key=key, rows=tuple(numbers), notes=tuple(notes))
     with complete_file(journal) as part:
         part.write_text(json.dumps(chosen.to_json()), encoding="utf-8")
     return chosen
@@ -106,140 +107,115 @@ def _most_read(config: SelectionConfig, num_rows: int) -> int:
     return max(config.max_scored, 0 if config.keep is None else config.num_kept(num_rows))
 
 
-class _Choosing:
-    """One choice while it is made. Rows are meant by their numbers in all training rows."""
+def _choose(
+    rows: Dataset,
+    setup: TrainingSetup,
+    cached_base: Callable[[], BaseModel],
+    parent_folder: Path | None,
+    on_progress: OnCount,
+) -> tuple[list[int], list[str]]:
+    """The numbers of the chosen rows in order, and notes."""
+    config, task, train = setup.method.selection, setup.task, setup.train
+    labels = [str(label) for label in rows["output"]] if task.labels else None
+    score = score_class(config.score)(config.score_options)
+    lacks_parent = score.reads_model and parent_folder is None
+    if lacks_parent:
+        score = RandomScore()
+    num_arrivals = 0 if parent_folder is None else load_method_state(parent_folder).num_arrivals
+    seed = train.seed + SEED_STRIDE * num_arrivals
+    measures = config.keep is not None and score.reads_model
+    checks_labels = config.noise != "none" and labels is not None
 
-    def __init__(
-        self,
-        rows: Dataset,
-        setup: TrainingSetup,
-        lend_base: Callable[[], BaseModel],
-        parent_folder: Path | None,
-        on_progress: OnProgress,
-    ) -> None:
-        self._rows, self._task, self._train = rows, setup.task, setup.train
-        self._lend_base, self._parent_folder, self._on_progress = lend_base, parent_folder, on_progress
-        self._config = config = setup.method.selection
-        self._labels = [str(label) for label in rows["output"]] if setup.task.labels else None
-        self._budget = config.num_kept(len(rows))
-        self._score = score_class(config.score)(config.score_options)
-        self._lacks_parent = self._score.reads_model and parent_folder is None
-        if self._lacks_parent:
-            self._score = RandomScore()
-        self._measures = config.keep is not None and self._score.reads_model
-        self._checks_labels = config.noise != "none" and self._labels is not None
-        num_arrivals = 0 if parent_folder is None else load_method_state(parent_folder).num_arrivals
-        self._first_seed = setup.train.seed + SEED_STRIDE * num_arrivals
+    # of too many rows, the model reads a random sample
+    numbers, limit = list(range(len(rows))), _most_read(config, len(rows))
+    if (measures or checks_labels) and len(rows) > limit:
+        everything = Candidates(rows=rows, task=task, measured=None, seed=seed)
+        numbers = pick_rows(RandomScore().score(everything), labels, limit)
 
-    def make(self, key: str) -> ChosenRows:
-        """Run the steps."""
-        rows = self._sample()
-        checked = LabelCheck()
-        if self._checks_labels:
-            some = self._rows.select(rows)
-            checked = check_labels(self._lend_base(), self._task, some, self._train, self._on_progress)
-            checked = replace(checked, suspects=tuple(replace(row, row=rows[row.row]) for row in checked.suspects))
-        left_out = {row.row for row in checked.suspects} if self._config.noise == "leave_out" else set()
-        notes: list[str] = []
-        if self._config.keep is None:
-            chosen = [row for row in range(len(self._rows)) if row not in left_out]
-        else:
-            chosen, notes = self._scored([row for row in rows if row not in left_out])
-        if self._config.noise != "none":
-            notes.append(self._about_labels(checked))
-            if self._labels is not None and (rare := balance_warning(self._counts(range(len(self._rows))))):
-                notes.append(rare)
-        return ChosenRows(key=key, rows=tuple(chosen), notes=tuple(notes))
+    # noise gate: rows whose label is probably wrong are named, and maybe left out
+    left_out: set[int] = set()
+    about_labels: list[str] = []
+    if config.noise != "none" and labels is None:
+        about_labels.append(f"no label was checked: task {task.name!r} has none")
+    elif labels is not None and config.noise != "none":
+        checked = check_labels(cached_base(), task, rows.select(numbers), train, on_progress)
+        suspects = {numbers[suspect.row]: suspect for suspect in checked.suspects}
+        if config.noise == "leave_out":
+            left_out = {*suspects}
+        named = [
+            f"{_name_of(rows, number)} ({suspect.label}, likelier {suspect.likelier})"
+            for number, suspect in suspects.items()
+        ]
+        which = f": {listed(named, most=MAX_NAMED, width=200)}" if named else ""
+        about_labels.append(checked.describe() + (", and left out" if left_out else "") + which)
+        if rare := balance_warning(_counts(labels, task)):
+            about_labels.append(rare)
+    if config.keep is None:
+        return [number for number in range(len(rows)) if number not in left_out], about_labels
 
-    def _seed(self, purpose: int) -> int:
-        return self._first_seed + PURPOSE_STRIDE * purpose
-
-    def _sample(self) -> list[int]:
-        """The rows to choose from: all of them, or a random sample if a model reads them and they are too many."""
-        rows = list(range(len(self._rows)))
-        limit = _most_read(self._config, len(rows))
-        if not (self._measures or self._checks_labels) or len(rows) <= limit:
-            return rows
-        candidates = Candidates(rows=self._rows, task=self._task, measured=None, seed=self._seed(SAMPLE))
-        return self._pick(RandomScore().score(candidates), rows, limit)
-
-    def _scored(self, rows: Sequence[int]) -> tuple[list[int], list[str]]:
-        """The rows that are picked by their scores, and notes."""
-        some, measured = self._rows.select(rows), None
-        if self._measures:
-            base = self._lend_base()
-            with adapter_on(base.model, self._parent_folder) as model:
-                measured = measure(
-                    model,
-                    base.tokenizer,
-                    self._task,
-                    some,
-                    max_prompt_tokens=self._train.max_prompt_tokens,
-                    max_answer_tokens=self._train.answer_tokens(self._task.labels),
-                    on_progress=counting(self._on_progress, len(rows)),
-                )
-        candidates = Candidates(rows=some, task=self._task, measured=measured, seed=self._seed(SCORE))
-        scores_N = self._score.score(candidates)
-        num_finite = int(scores_N.isfinite().sum())
-        if scores_N.shape != (len(rows),) or num_finite < len(rows):
-            raise ConfigError(
-                f"The score {self._score.name!r} returned {num_finite} finite numbers in the shape "
-                f"{tuple(scores_N.shape)} for {len(rows)} rows; correct it to return one for each row."
+    # score: the parent reads the remaining rows if the score needs it
+    numbers = [number for number in numbers if number not in left_out]
+    some, measured = rows.select(numbers), None
+    if measures:
+        base = cached_base()
+        with adapter_on(base.model, parent_folder) as model:
+            measured = measure(
+                model,
+                base.tokenizer,
+                task,
+                some,
+                max_prompt_tokens=train.max_prompt_tokens,
+                max_answer_tokens=train.answer_tokens(task.labels),
+                on_progress=counting(on_progress, len(numbers)),
             )
-        chosen = self._pick(scores_N, rows, self._budget)
-        notes = self._about_choice(chosen)
-        if measured is not None:
-            read = f"{len(rows):,}" + (" rows" if len(rows) == len(self._rows) else " rows drawn at random")
-            places = {row: place for place, row in enumerate(rows)}
-            loss_N, chosen_n = measured.mean_loss, torch.tensor([places[row] for row in chosen])
-            notes.append(
-                f"the parent version read {read}; its mean loss per answer token is {float(loss_N.mean()):.2f}, on the "
-                f"chosen rows {float(loss_N[chosen_n].mean()):.2f}"
-            )
-        return chosen, [*notes, *self._score.notes(candidates)]
+    candidates = Candidates(rows=some, task=task, measured=measured, seed=seed + SCORE_SEED)
+    scores_N = score.score(candidates)
+    num_finite = int(scores_N.isfinite().sum())
+    if scores_N.shape != (len(numbers),) or num_finite < len(numbers):
+        raise ConfigError(
+            f"The score {score.name!r} returned {num_finite} finite numbers in the shape "
+            f"{tuple(scores_N.shape)} for {len(numbers)} rows; correct it to return one for each row."
+        )
 
-    def _pick(self, scores_N: Tensor, rows: Sequence[int], budget: int) -> list[int]:
-        """The picked ones of `rows`, which have these scores."""
-        labels = None if self._labels is None else [self._labels[row] for row in rows]
-        return [rows[place] for place in pick_rows(scores_N, labels, budget)]
+    # the largest scores of each label
+    labels_N = None if labels is None else [labels[number] for number in numbers]
+    places = pick_rows(scores_N, labels_N, config.num_kept(len(rows)))
+    by = "at random" if isinstance(score, RandomScore) else f"by {score.name}"
+    of_labels = "" if labels_N is None else _label_counts([labels_N[place] for place in places], task)
+    notes = [f"{len(places):,} of {len(rows):,} training rows were chosen {by}{of_labels}"]
+    if lacks_parent:
+        notes.append(
+            f"the rows were not chosen by {config.score}: the lineage has no version yet, and the base model's "
+            "scores would say how odd the form of an answer is"
+        )
+    if measured is not None:
+        read = f"{len(numbers):,}" + (" rows" if len(numbers) == len(rows) else " rows drawn at random")
+        loss_N = measured.mean_loss
+        notes.append(
+            f"the parent version read {read}; its mean loss per answer token is {float(loss_N.mean()):.2f}, on the "
+            f"chosen rows {float(loss_N[places].mean()):.2f}"
+        )
+    return [numbers[place] for place in places], [*notes, *score.notes(candidates), *about_labels]
 
-    def _about_choice(self, chosen: Sequence[int]) -> list[str]:
-        """Notes: how many rows were chosen, by what, and how many of each label."""
-        config = self._config
-        by = "at random" if isinstance(self._score, RandomScore) else f"by {self._score.name}"
-        of_labels = ""
-        if self._labels is not None:
-            counts = self._counts(chosen)
-            of_labels = f"; by label: {listed([f'{label} {count:,}' for label, count in counts.most_common()])}"
-            if len(set(counts.values())) == 1:
-                of_labels = f", {next(iter(counts.values())):,} of each of {len(counts)} labels"
-        notes = [f"{len(chosen):,} of {len(self._rows):,} training rows were chosen {by}{of_labels}"]
-        if self._lacks_parent:
-            notes.append(
-                f"the rows were not chosen by {config.score}: the lineage has no version yet, and the base model's "
-                "scores would say how odd the form of an answer is"
-            )
-        return notes
 
-    def _counts(self, rows: Iterable[int]) -> Counter[str]:
-        """Rows of every label of the task."""
-        assert self._labels is not None
-        counts = Counter(dict.fromkeys(self._task.labels, 0))
-        counts.update(self._labels[row] for row in rows)
-        return counts
+def _counts(labels: Iterable[str], task: TaskSchema) -> Counter[str]:
+    """Rows of every label of the task."""
+    counts = Counter(dict.fromkeys(task.labels, 0))
+    counts.update(labels)
+    return counts
 
-    def _about_labels(self, checked: LabelCheck) -> str:
-        """A note: the rows whose label is probably wrong."""
-        if not self._checks_labels:
-            return f"no label was checked: task {self._task.name!r} has none"
-        named = [f"{self._name_of(row.row)} ({row.label}, likelier {row.likelier})" for row in checked.suspects]
-        fate = ", and left out" if self._config.noise == "leave_out" and named else ""
-        return checked.describe() + fate + (f": {listed(named, most=MAX_NAMED, width=200)}" if named else "")
 
-    def _name_of(self, row: int) -> str:
-        """A row without its text: by its digest, as its number in the file is not known here."""
-        has_digests = "sha256" in self._rows.column_names
-        return f"sha256 {self._rows[row]['sha256'][:12]}" if has_digests else f"row {row}"
+def _label_counts(labels: Sequence[str], task: TaskSchema) -> str:
+    """The chosen rows of each label, as the end of a note."""
+    counts = _counts(labels, task)
+    if len({*counts.values()}) == 1:
+        return f", {next(iter(counts.values())):,} of each of {len(counts)} labels"
+    return f"; by label: {listed([f'{label} {count:,}' for label, count in counts.most_common()])}"
+
+
+def _name_of(rows: Dataset, number: int) -> str:
+    """A row without its text: by its digest, as its number in the file is not known here."""
+    return f"sha256 {rows[number]['sha256'][:12]}" if "sha256" in rows.column_names else f"row {number}"
 
 
 def quotas(sizes: Mapping[Hashable, int], budget: int) -> dict[Hashable, int]:

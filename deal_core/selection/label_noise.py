@@ -11,7 +11,7 @@ Shapes: N rows, D features (the width of the base model), L labels, B rows of a 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +31,7 @@ from deal_core.data.collate import pad_batch
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.batches import in_batches
-from deal_core.evaluation.generation import OnProgress, counting
+from deal_core.evaluation.generation import OnCount, OnProgress, counting
 from deal_core.evaluation.likelihood import CHUNK_ROWS
 
 NUM_FOLDS = 5
@@ -122,7 +122,7 @@ def check_labels(
     task: TaskSchema,
     rows: Dataset,
     train: TrainConfig,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnCount = lambda done, total: None,
 ) -> LabelCheck:
     """Look for rows whose label is probably wrong. The base model, without an adapter, reads every row once.
 
