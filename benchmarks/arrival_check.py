@@ -33,7 +33,7 @@ import typer
 from numpy.typing import NDArray
 from scipy.special import softmax
 
-from benchmarks.output import RESULTS, Out, read, templates, write_result
+from benchmarks.output import RESULTS, Out, describe_machine, read, templates, write_result
 from benchmarks.stored_cells import read_stored_cells, unpack_answers
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.data.reading.readers import read_rows
@@ -175,7 +175,6 @@ def ask(
 
     from benchmarks.continual.suites import load_suite
     from deal_core.adapter.state import adapter_on
-    from deal_core.base_model.device import describe_machine
     from deal_core.base_model.load import load_base
     from deal_core.base_model.sources import DEFAULT_BASE
     from deal_core.config import TrainConfig
@@ -242,7 +241,6 @@ def run(
 
     from benchmarks.champions import champion_of
     from deal_core.adapter.state import adapter_on
-    from deal_core.base_model.device import describe_machine
     from deal_core.base_model.load import load_base
     from deal_core.base_model.sources import DEFAULT_BASE
     from deal_core.evaluation.score import evaluate_task

@@ -9,13 +9,15 @@ import resource
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import torch
 import typer
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from deal_core.base_model.device import describe_machine
+from deal_core.base_model.device import bf16_instructions, cpu_info
 
 DEAL = (sys.executable, "-c", "from deal_pipeline.cli.app import main; main()")
 """`deal` without being installed: what this checkout says."""
@@ -40,6 +42,17 @@ def peak_bytes() -> int:
 def bare_environment() -> dict[str, str]:
     """The environment without what points this project's commands at a home or at servers."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("DEAL_", "PREFECT_", "MLFLOW_"))}
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return the facts that decide rounding and speed: processor, cores, bf16 instructions, GPU, libraries."""
+    return {
+        "cpu": cpu_info("model name"),
+        "cores": os.cpu_count(),
+        "bf16_instructions": list(bf16_instructions()),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft")},
+    }
 
 
 def write_result(out: Path, result: Mapping[str, Any]) -> None:

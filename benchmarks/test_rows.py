@@ -25,7 +25,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from benchmarks.output import RESULTS, Out, read, write_result
+from benchmarks.output import RESULTS, Out, describe_machine, read, write_result
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from deal_core.evaluation.gate import decide
 from deal_core.evaluation.interval import wilson_interval
@@ -78,7 +78,6 @@ def run(
 
     from benchmarks.champions import champion_of
     from deal_core.adapter.state import adapter_on
-    from deal_core.base_model.device import describe_machine
     from deal_core.base_model.load import load_base
     from deal_core.base_model.sources import DEFAULT_BASE
     from deal_core.data.schema import label_key

@@ -17,9 +17,9 @@ from filelock import FileLock
 from benchmarks.continual.cell import Cell, pack_answers
 from benchmarks.continual.suites import Rows, SuiteTask
 from benchmarks.method.asked import DealAsked, TaskTexts, further_rows
+from benchmarks.output import describe_machine
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.adapter.state import adapter_on, load_method_state
-from deal_core.base_model.device import describe_machine
 from deal_core.base_model.language_model import LanguageModel
 from deal_core.base_model.load import BaseModel
 from deal_core.data.prompts import encode_prompt

@@ -78,11 +78,10 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax
 
 import benchmarks
-from benchmarks.output import RESULTS, templates
+from benchmarks.output import RESULTS, describe_machine, templates
 from benchmarks.tables import JUDGED
 from deal_core.adapter.files import ADAPTER_FILES, METHOD_TENSORS_FILE
 from deal_core.adapter.state import adapter_on, load_method_state
-from deal_core.base_model.device import describe_machine
 from deal_core.base_model.load import BaseModel
 from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.config import AdapterConfig, TrainConfig

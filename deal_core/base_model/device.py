@@ -1,13 +1,11 @@
-"""The device of a run, its memory, and the facts of a machine that decide figures."""
+"""The device of a run, its memory, and what the processor is."""
 
 from __future__ import annotations
 
 import os
 import re
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -54,28 +52,17 @@ CPUINFO = Path("/proc/cpuinfo")
 
 def bf16_instructions(cpuinfo: Path = CPUINFO) -> tuple[str, ...]:
     """The CPU's instructions for bf16 products, from the flags that Linux lists; empty if there is no list."""
-    flags = _of_cpu("flags", cpuinfo).split()
+    flags = cpu_info("flags", cpuinfo).split()
     return tuple(name for name in ("avx512_bf16", "amx_bf16") if name in flags)
 
 
-def _of_cpu(key: str, cpuinfo: Path = CPUINFO) -> str:
-    """What Linux says of the first core; empty if it says nothing."""
+def cpu_info(key: str, cpuinfo: Path = CPUINFO) -> str:
+    """What Linux says of the first core, such as its "model name"; empty if it says nothing."""
     try:
         lines = cpuinfo.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         return ""
     return next((line.split(":", 1)[1].strip() for line in lines if line.partition(":")[0].strip() == key), "")
-
-
-def describe_machine() -> dict[str, Any]:
-    """The facts that decide rounding and speed: processor, cores, bf16 instructions, GPU, libraries."""
-    return {
-        "cpu": _of_cpu("model name"),
-        "cores": os.cpu_count(),
-        "bf16_instructions": list(bf16_instructions()),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft")},
-    }
 
 
 def parse_bytes(text: str) -> int:
