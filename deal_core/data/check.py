@@ -258,7 +258,7 @@ class RowChecker:
                 "".join(part for message in messages for part in message_parts(message)[1:]), column
             )
         others = [self._text(answer, f"a right answer in {column}") for answer in answers[1:]]
-        if problems := [found for found in (whole, *others) if isinstance(found, Problem)]:
+        if problems := [text for text in (whole, *others) if isinstance(text, Problem)]:
             return problems
         return chats.chat_row(messages, [answer for answer in others if isinstance(answer, str)])
 
@@ -315,10 +315,10 @@ def _all_of(problems: Problems, batch: RowBatch) -> Problems:
     return dict(sorted({**problems, **{place: [fault] for place, fault in batch.faults.items()}}.items()))
 
 
-def _texts_of(found: Iterable[str | Problem], problems: Problems) -> list[str]:
+def _texts_of(cells: Iterable[str | Problem], problems: Problems) -> list[str]:
     """The texts of a column. Its problems are added to those of the columns before."""
     texts = []
-    for place, text in enumerate(found):
+    for place, text in enumerate(cells):
         if isinstance(text, Problem):
             problems[place].append(text)
             text = ""
@@ -326,10 +326,10 @@ def _texts_of(found: Iterable[str | Problem], problems: Problems) -> list[str]:
     return texts
 
 
-def _rows_of(found: Mapping[int, Row | list[Problem]], problems: Problems) -> dict[int, Row]:
+def _rows_of(checked: Mapping[int, Row | list[Problem]], problems: Problems) -> dict[int, Row]:
     """The rows; the problems of the others are added to those of the columns before."""
     rows = {}
-    for place, row in found.items():
+    for place, row in checked.items():
         if isinstance(row, Row):
             rows[place] = row
         else:

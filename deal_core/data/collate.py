@@ -191,7 +191,7 @@ def _in_one_line(prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> 
     return {
         "input_ids": torch.tensor([[*chain.from_iterable(chain.from_iterable(zip(prompts, answers, strict=True)))]]),
         "position_ids": torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
-        ANSWER_POSITIONS: pad_batch([each or [0] for each in places], 0, side="left")[0],
+        ANSWER_POSITIONS: pad_batch([places_K or [0] for places_K in places], 0, side="left")[0],
     }
 
 

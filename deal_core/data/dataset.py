@@ -190,7 +190,8 @@ class ArrivalReader:
         self._is_new = not self._frozen or landing.renews_tests  # the test rows are decided as for a new task
         self._grows = not self._is_new and not self._is_split_given and landing.num_lacking > 0
         self._learned_set = DigestSet(landing.learned_inputs)
-        self._largest_test_word = -1 if self._grows else math.ceil(self._config.test_share * 2**32) - 1
+        self._test_interval = 0.0 if self._grows else self._config.test_share
+        """A text is a test row's if its `_unit_interval` is below."""
         self._num_added = 0
         self._near_tests = landing.near_tests.copy()
         # of the kept training rows, to name those that are left out in the end
@@ -274,10 +275,10 @@ class ArrivalReader:
         are added. All other rows can be learned.
         """
         if self._is_new:
-            return _first_words(input_digests) <= self._largest_test_word
+            return _unit_interval(input_digests) < self._test_interval
         is_test = self._frozen_set.contains(input_digests)
         if self._grows:
-            is_small = _first_words(input_digests) <= self._largest_test_word
+            is_small = _unit_interval(input_digests) < self._test_interval
             is_test |= is_small & ~self._learned_set.contains(input_digests)
         return is_test
 
@@ -290,9 +291,9 @@ class ArrivalReader:
         """Read the files a first time to collect the texts of test rows and the labels."""
         spellings: dict[str, Counter[str]] = {}
         num_good = num_test = 0
-        words = np.zeros(0, np.int64)  # of the texts' digests, each once; only the smallest can become test rows
+        texts = np.zeros(0)  # their places in the unit interval, each once; only the smallest can become test rows
         share, lacking = self._config.test_share, self._landing.num_lacking
-        num_words = math.ceil(lacking / share) if self._grows else None
+        most_texts = math.ceil(lacking / share) if self._grows else None
         is_drawn = self._files[0].columns.splitting == "is_random"
         with closing(self._checked_batches()) as batches:
             for file, _, (good, _) in batches:
@@ -300,17 +301,17 @@ class ArrivalReader:
                 num_good, num_test = num_good + good.num_rows, num_test + int(is_test.sum())
                 if self._is_split_given:
                     self._test_inputs.add(digests_in(good, "input_digest")[is_test])
-                if self._grows or len(words) <= MANY_TEXTS:
+                if self._grows or len(texts) <= MANY_TEXTS:
                     inputs = digests_in(good, "input_digest")
                     if self._grows:
                         inputs = inputs[~(self._frozen_set.contains(inputs) | self._learned_set.contains(inputs))]
-                    words = np.unique(np.concatenate([words, _first_words(inputs)]))[:num_words]
+                    texts = np.unique(np.concatenate([texts, _unit_interval(inputs)]))[:most_texts]
                 elif not (infers_labels or self._names_split):
                     break
                 if infers_labels:
-                    for found in good.column("output").value_counts().to_pylist():
-                        label = found["values"]
-                        spellings.setdefault(label_key(label), Counter())[label] += found["counts"]
+                    for count in good.column("output").value_counts().to_pylist():
+                        label = count["values"]
+                        spellings.setdefault(label_key(label), Counter())[label] += count["counts"]
                     if len(spellings) > MAX_INFERRED_LABELS:
                         shown = spellings if self._config.include_texts else ()
                         raise DataValidationError(too_many_labels(self._landing.name, shown, MAX_INFERRED_LABELS))
@@ -319,10 +320,10 @@ class ArrivalReader:
             self._files = [file.without("is_random") for file in self._files]
             self._is_split_given = False
             self._test_inputs = DigestSet(self._frozen)
-        if self._grows or (self._chooses_tests and len(words) <= MANY_TEXTS):
-            usual = round(share * len(words))
-            number = min(usual, lacking) if self._grows else max(usual, min(MIN_TESTS, len(words) // 3))
-            self._largest_test_word = int(words[number - 1]) if number else -1
+        if self._grows or (self._chooses_tests and len(texts) <= MANY_TEXTS):
+            usual = round(share * len(texts))
+            number = min(usual, lacking) if self._grows else max(usual, min(MIN_TESTS, len(texts) // 3))
+            self._test_interval = float(texts[number - 1]) + 2**-32 if number else 0.0
         if infers_labels:
             # The commonest label comes first, in its commonest spelling.
             ranked = sorted(spellings.items(), key=lambda item: (-item[1].total(), item[0]))
@@ -387,10 +388,10 @@ class ArrivalReader:
         """Leave out the training rows that nearly equal a test row; return their digests. All test rows are known."""
         counts = self._counts["train" if self._landing.test_sources else None]
         starts = [start for start, _ in self._files_read]
-        found, place = [np.zeros(0, np.bool_)], 0
+        parts, place = [np.zeros(0, np.bool_)], 0
         for rows in files.training_rows():
-            found.append(self._near_tests.find(rows.column("input"), rows.column("output")))
-            for offset in np.flatnonzero(found[-1]).tolist():
+            parts.append(self._near_tests.find(rows.column("input"), rows.column("output")))
+            for offset in np.flatnonzero(parts[-1]).tolist():
                 number = self._numbers[place + offset]
                 if number:  # a turn is no row of its own
                     input, output = rows.column("input")[offset].as_py(), rows.column("output")[offset].as_py()
@@ -402,7 +403,7 @@ class ArrivalReader:
                 else:
                     self._num_near_turns += 1
             place += rows.num_rows
-        is_near = np.concatenate(found)
+        is_near = np.concatenate(parts)
         if not is_near.any():
             return np.zeros(0, "S32")
         files.leave_out(is_near)
@@ -498,9 +499,9 @@ def _refuse_late_keys(batch: RowBatch, file: _File) -> None:
             )
 
 
-def _first_words(digests: Digests) -> npt.NDArray[np.int64]:
-    """The first 32 bits of each digest, as numbers in the digests' order."""
-    return np.ascontiguousarray(digests).view(">u4")[::8].astype(np.int64)
+def _unit_interval(digests: Digests) -> npt.NDArray[np.float64]:
+    """Return a number of [0, 1) for each digest: its first 32 bits, which are as good as random."""
+    return np.ascontiguousarray(digests).view(">u4")[::8] / 2**32  # a digest has eight numbers of 32 bits
 
 
 def _as_bad(batches: Sequence[pa.RecordBatch], reason: Reason) -> Problems:

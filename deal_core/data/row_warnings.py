@@ -55,35 +55,37 @@ def data_warnings(manifest: DatasetManifest, *, include_texts: bool) -> tuple[st
 
     Each warning says what training does with such rows. Without `include_texts` it has no text and no label.
     """
-    task, found = manifest.task, manifest.contradictions
-    contradictions = [_contradictions_warning(task, found, include_texts)] if found else []
-    doubts = [_doubt_warning(task, rows, include_texts) for rows in manifest.doubts]
-    return (*contradictions, *doubts, *label_warnings(task, include_texts=include_texts))
+    task, contradictions = manifest.task, manifest.contradictions
+    warnings = [_contradictions_warning(task, contradictions, include_texts)] if contradictions else []
+    warnings += [_doubt_warning(task, rows, include_texts) for rows in manifest.doubts]
+    return (*warnings, *label_warnings(task, include_texts=include_texts))
 
 
-def _doubt_warning(task: TaskSchema, found: RowsInDoubt, include_texts: bool) -> str:
-    what, then = _DOUBTS[found.kind]
-    files = {file: [str(row) for name, row in found.rows if name == file] for file, _ in found.rows}
+def _doubt_warning(task: TaskSchema, doubted: RowsInDoubt, include_texts: bool) -> str:
+    what, then = _DOUBTS[doubted.kind]
+    files = {file: [str(row) for name, row in doubted.rows if name == file] for file, _ in doubted.rows}
     named = [
         f"{f'{shorten(file)} ' if len(files) > 1 else ''}{'row' if len(rows) == 1 else 'rows'} {', '.join(rows)}"
         for file, rows in files.items()
     ]
-    more = found.num_rows - len(found.rows)
+    more = doubted.num_rows - len(doubted.rows)
     where = "; ".join(named) + (f" and {more:,} more" if more else "")
     shown = ""
-    if include_texts and found.kind == "labels alike":
+    if include_texts and doubted.kind == "labels alike":
         groups = [" and ".join(map(ascii, group)) for group in labels_alike(task.labels)]
         shown = f" For example {listed(groups, most=MAX_SHOWN, width=80)}."
-    return f"{what}: {found.num_rows:,} ({where}). {then}{shown}"
+    return f"{what}: {doubted.num_rows:,} ({where}). {then}{shown}"
 
 
-def _contradictions_warning(task: TaskSchema, found: Contradictions, include_texts: bool) -> str:
-    rows = f"{found.num_texts:,} ({found.num_train:,} training rows, {found.num_test:,} test rows)"
+def _contradictions_warning(task: TaskSchema, contradictions: Contradictions, include_texts: bool) -> str:
+    num_train, num_test = contradictions.num_train, contradictions.num_test
+    rows = f"{contradictions.num_texts:,} ({num_train:,} training rows, {num_test:,} test rows)"
     shown = ""
-    if include_texts and found.examples:
+    if include_texts and contradictions.examples:
         several = " over " if task.learns_preferences else " and "
         examples = [
-            ": ".join(filter(None, [repr(text), several.join(map(repr, answers))])) for text, *answers in found.examples
+            ": ".join(filter(None, [repr(text), several.join(map(repr, answers))]))
+            for text, *answers in contradictions.examples
         ]
         shown = f" For example {'; '.join(examples)}."
     if task.learns_preferences:

@@ -238,10 +238,10 @@ def _shape_of(columns: Columns, look: FileLook) -> str:
     if columns.format == "completion":
         if "context" not in names:
             return f"completions ({names['prompt']}, {names['completion']})"
-        told = "Alpaca rows" if names["context"].strip().casefold() == "input" else "completions"
-        return f"{told} ({names['prompt']} with {names['context']} under it, {names['completion']})"
-    told = " with tools" if "tools" in names else ""
+        kind = "Alpaca rows" if names["context"].strip().casefold() == "input" else "completions"
+        return f"{kind} ({names['prompt']} with {names['context']} under it, {names['completion']})"
+    tools = " with tools" if "tools" in names else ""
     if "messages" not in names:
-        return f"chats in two columns{told} ({names['prompt']}, {names['completion']})"
+        return f"chats in two columns{tools} ({names['prompt']}, {names['completion']})"
     is_sharegpt = any("from" in message for message in _example_messages(look, names["messages"])[:1])
-    return f"{'ShareGPT chats' if is_sharegpt else 'chats'}{told} ({names['messages']})"
+    return f"{'ShareGPT chats' if is_sharegpt else 'chats'}{tools} ({names['messages']})"

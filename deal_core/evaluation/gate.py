@@ -196,9 +196,12 @@ def _budget_spent(report: EvaluationReport, drops: list[_Drop], config: GateConf
     limit = config.max_total_drop_points
     for drop in drops:
         debt = report.debts.get(drop.task)
-        if limit is None or debt is None or drop.points <= 100 * _SLACK or debt.points <= limit + 100 * _SLACK:
+        if limit is None or debt is None:
             continue
-        if debt.paired is None or debt.paired.lower_bound(config.confidence) > 0:
+        adds_to_it = drop.points > 100 * _SLACK
+        is_too_large = debt.points > limit + 100 * _SLACK
+        is_clear = debt.paired is None or debt.paired.lower_bound(config.confidence) > 0
+        if adds_to_it and is_too_large and is_clear:
             message = (
                 f"{drop.task}: {report.metric_name(drop.task)} has fallen by {debt.points:.1f} points since version "
                 f"{debt.since} learned it; the budget is {limit:.1f} points. deal lineage consolidate learns all tasks "
@@ -254,13 +257,13 @@ def _unseen(drops: list[_Drop], max_points: float | None, confidence: float) -> 
         if max_points is None or drop.paired is None:
             continue
         limit = max(max_points, 100 / drop.paired.num_rows) + 100 * _SLACK
-        told = what_hits_tell(drop.paired.num_rows, limit, confidence) if drop.paired.are_hits else None
+        visible = what_hits_tell(drop.paired.num_rows, limit, confidence) if drop.paired.are_hits else None
         noise = drop.paired.noise(confidence)  # of answers that changed both ways, or of graded scores
-        if told is None and noise > limit:
-            told = f"a drop only from about {noise:.1f} points on"
-        if told:
+        if visible is None and noise > limit:
+            visible = f"a drop only from about {noise:.1f} points on"
+        if visible:
             yield (
-                f"{drop.task}: too few test rows to judge: {drop.paired.num_rows} can tell {told}; the limit is "
+                f"{drop.task}: too few test rows to judge: {drop.paired.num_rows} can tell {visible}; the limit is "
                 f"{max_points:.1f}."
             )
 

@@ -38,8 +38,8 @@ def passes(answer: str, checks: Mapping[str, Any]) -> bool:
 
 def _is_number(answer: str, wanted: float) -> bool:
     """The last number of the answer is the wanted one."""
-    found = _NUMBER.findall(answer)
-    return bool(found) and float(found[-1].replace(",", "").replace("\u2212", "-")) == wanted
+    numbers = _NUMBER.findall(answer)
+    return bool(numbers) and float(numbers[-1].replace(",", "").replace("\u2212", "-")) == wanted
 
 
 def _num_words(answer: str, wanted: list[int]) -> bool:

@@ -109,8 +109,8 @@ class Suite:
             reader.generate_until = lambda requests: [
                 given.text for given in answers(asked, [request.doc["prompt"] for request in requests], on_progress)
             ]
-        found = evaluate(lm=reader, task_dict=_load(self.name, _folder()), limit=MAX_ROWS, bootstrap_iters=0)
-        scores = [self._score(row) for rows in found["samples"].values() for row in _of_one_filter(rows)]
+        results = evaluate(lm=reader, task_dict=_load(self.name, _folder()), limit=MAX_ROWS, bootstrap_iters=0)
+        scores = [self._score(row) for rows in results["samples"].values() for row in _of_one_filter(rows)]
         if on_progress is not None and self.name not in VERSIONS:
             on_progress(len(scores))
         return tuple(scores)

@@ -134,23 +134,26 @@ def judge(
     """
     rows = rows[rows["version"].isin([champion, candidate])].sort_values("time", kind="stable")
     of_shadow = rows["shadow_of"].notna()
-    mine = rows[(rows["version"] == candidate) & (of_shadow == (terms.kind == "shadow"))]
-    theirs = rows[(rows["version"] == champion) & ~of_shadow]
-    said = _by_answer(feedback)
-    pairs = _pairs(theirs, mine, said) if terms.kind == "shadow" else None
-    judged = (pairs[pairs["said"].notna()] if pairs is not None else _judged(mine, said)).sort_values("said")
-    by_feedback = not judged.empty
-    look = last_look(len(judged) if by_feedback else len(mine), terms.num_rows)
-    if pairs is not None:
-        differences, agree = _of_shadow(pairs, judged, terms), pairs["agree"].dropna()
+    candidate_rows = rows[(rows["version"] == candidate) & (of_shadow == (terms.kind == "shadow"))]
+    champion_rows = rows[(rows["version"] == champion) & ~of_shadow]
+    by_answer = _by_answer(feedback)
+    num_pairs, agree = 0, pd.Series(dtype=bool)
+    if terms.kind == "shadow":
+        pairs = _pairs(champion_rows, candidate_rows, by_answer)
+        judged = pairs[pairs["judged_at"].notna()].sort_values("judged_at")
+        num_pairs, agree = len(pairs), pairs["agree"].dropna()
+        differences = _of_shadow(pairs, judged, terms)
     else:
-        differences, agree = _of_canary(theirs, mine, _judged(theirs, said), judged, terms), pd.Series(dtype=bool)
+        judged = _judged(candidate_rows, by_answer).sort_values("judged_at")
+        differences = _of_canary(champion_rows, candidate_rows, _judged(champion_rows, by_answer), judged, terms)
+    by_feedback = not judged.empty
+    look = last_look(len(judged) if by_feedback else len(candidate_rows), terms.num_rows)
     verdict, reasons = _decide(differences, look, by_feedback, terms)
     return RolloutReport(
         kind=terms.kind,
-        champion=_arm(champion, theirs, said),
-        candidate=_arm(candidate, mine, said, judged),
-        num_pairs=0 if pairs is None else len(pairs),
+        champion=_arm(champion, champion_rows, by_answer),
+        candidate=_arm(candidate, candidate_rows, by_answer, judged),
+        num_pairs=num_pairs,
         agreement=None if agree.empty else float(agree.mean()),
         num_counted=look.num_rows if look else 0,
         num_wanted=terms.num_rows,
@@ -187,10 +190,10 @@ def _in_words(difference: ShareDifference) -> str:
     return f"{difference.figure}: {difference.points:+.1f} points {interval} in {rows}"
 
 
-def _arm(version: str, rows: pd.DataFrame, said: pd.DataFrame, judged: pd.DataFrame | None = None) -> Arm:
+def _arm(version: str, rows: pd.DataFrame, by_answer: pd.DataFrame, judged: pd.DataFrame | None = None) -> Arm:
     answered = rows[rows["is_failed"].isna()]
     labelled = answered["is_label"].dropna().astype(bool)
-    judged = _judged(rows, said) if judged is None else judged
+    judged = _judged(rows, by_answer) if judged is None else judged
     return Arm(
         version=version,
         num_rows=len(rows),
@@ -209,27 +212,27 @@ def _by_answer(feedback: pd.DataFrame) -> pd.DataFrame:
     A complaint says that the answer was wrong, and nobody asked for it. Whoever reviews answers, or draws some at
     random, chooses how many of each version, so their number says nothing.
     """
-    said = feedback.drop_duplicates("id", keep="last").set_index("id")
-    is_asked_for = said["is_random"].eq(True) | said["reviewer"].notna() | said["source"].eq("command")
-    return said[["time", "label", "is_right"]].assign(complaint=said["is_right"].eq(False) & ~is_asked_for)
+    newest = feedback.drop_duplicates("id", keep="last").set_index("id")
+    is_asked_for = newest["is_random"].eq(True) | newest["reviewer"].notna() | newest["source"].eq("command")
+    return newest[["time", "label", "is_right"]].assign(complaint=newest["is_right"].eq(False) & ~is_asked_for)
 
 
-def _judged(rows: pd.DataFrame, said: pd.DataFrame) -> pd.DataFrame:
-    """Answers with feedback: `said`, the time of the feedback, `right` and `complaint`."""
-    names = {"time": "said", "is_right": "right", "complaint": "complaint"}
-    judged = rows[["id", "time"]].merge(said[[*names]].rename(columns=names), left_on="id", right_index=True)
+def _judged(rows: pd.DataFrame, by_answer: pd.DataFrame) -> pd.DataFrame:
+    """Answers with feedback: `judged_at`, the time of the feedback, `right` and `complaint`."""
+    names = {"time": "judged_at", "is_right": "right", "complaint": "complaint"}
+    judged = rows[["id", "time"]].merge(by_answer[[*names]].rename(columns=names), left_on="id", right_index=True)
     judged = judged[judged["right"].notna()]
     return judged.assign(right=judged["right"].astype(bool))
 
 
-def _pairs(theirs: pd.DataFrame, mine: pd.DataFrame, said: pd.DataFrame) -> pd.DataFrame:
+def _pairs(champion_rows: pd.DataFrame, candidate_rows: pd.DataFrame, by_answer: pd.DataFrame) -> pd.DataFrame:
     """Rows that both have answered, or on which the shadow failed.
 
-    `said` is the time of feedback with a label, on either answer; `before` and `right` tell whether champion and
+    `judged_at` is the time of feedback with a label, on either answer; `before` and `right` tell whether champion and
     candidate had that label. Whether an answer was right says nothing about a different one, so it does not count.
     """
-    both = mine.merge(theirs, left_on="shadow_of", right_on="id", suffixes=("", "_before"))
-    pairs, entry_of = [], said.to_dict("index")
+    both = candidate_rows.merge(champion_rows, left_on="shadow_of", right_on="id", suffixes=("", "_before"))
+    pairs, entry_of = [], by_answer.to_dict("index")
     for row in both.to_dict("records"):
         entries = [entry_of[name] for name in (row["id_before"], row["id"]) if name in entry_of]
         labelled = next((entry for entry in entries if pd.notna(entry["label"])), None)
@@ -240,13 +243,13 @@ def _pairs(theirs: pd.DataFrame, mine: pd.DataFrame, said: pd.DataFrame) -> pd.D
                 "agree": _agree(row),
                 "is_label": row["is_label"],
                 "is_label_before": row["is_label_before"],
-                "said": labelled["time"] if labelled is not None and knows else math.nan,
+                "judged_at": labelled["time"] if labelled is not None and knows else math.nan,
                 "right": labelled is not None and _is(row["label"], labelled["label"]),
                 "before": labelled is not None and _is(row["label_before"], labelled["label"]),
             }
         )
-    columns = ["failed", "agree", "is_label", "is_label_before", "said", "right", "before"]
-    return pd.DataFrame(pairs, columns=columns).astype({"said": float, "right": bool, "before": bool})
+    columns = ["failed", "agree", "is_label", "is_label_before", "judged_at", "right", "before"]
+    return pd.DataFrame(pairs, columns=columns).astype({"judged_at": float, "right": bool, "before": bool})
 
 
 def _is(label: str | None, right: str) -> bool:
@@ -281,20 +284,23 @@ def _of_shadow(pairs: pd.DataFrame, judged: pd.DataFrame, terms: RolloutTerms) -
 
 
 def _of_canary(
-    theirs: pd.DataFrame, mine: pd.DataFrame, their_judged: pd.DataFrame, judged: pd.DataFrame, terms: RolloutTerms
+    champion_rows: pd.DataFrame,
+    candidate_rows: pd.DataFrame,
+    champion_judged: pd.DataFrame,
+    judged: pd.DataFrame,
+    terms: RolloutTerms,
 ) -> list[ShareDifference]:
     compared: list[tuple[Figure, pd.Series, pd.Series, float]] = []
     if look := last_look(len(judged), terms.num_rows):
         level, rows = _level(look, terms), judged.head(look.num_rows)
-        until = rows["said"].max()
-        others = their_judged[their_judged["said"] <= until]
+        until = rows["judged_at"].max()
+        others = champion_judged[champion_judged["judged_at"] <= until]
         compared.append(("accuracy", others["right"], rows["right"], level))
-        compared.append(
-            ("not said to be wrong", _not_wrong(theirs, others, until), _not_wrong(mine, rows, until), level)
-        )
-    if look := last_look(len(mine), terms.num_rows):
-        level, rows = _level(look, terms), mine.head(look.num_rows)
-        others = theirs[theirs["time"] <= rows["time"].max()]
+        before, now = _not_wrong(champion_rows, others, until), _not_wrong(candidate_rows, rows, until)
+        compared.append(("not said to be wrong", before, now, level))
+    if look := last_look(len(candidate_rows), terms.num_rows):
+        level, rows = _level(look, terms), candidate_rows.head(look.num_rows)
+        others = champion_rows[champion_rows["time"] <= rows["time"].max()]
         compared.append(("answered", others["is_failed"].isna(), rows["is_failed"].isna(), level))
         before, now = (side["is_label"].dropna().astype(bool) for side in (others, rows))
         compared.append(("answers that are labels", before, now, level))

@@ -69,10 +69,10 @@ def find_device(text: str) -> PlannedDevice:
     Raises:
         ConfigError: There is no such device in the table, or its memory is not clear.
     """
-    found = _FORM.fullmatch(text)
-    assert found is not None, "its middle part takes any text"
-    count, memory = int(found["count"] or 1), found["memory"]
-    name = " ".join(_MAKERS.sub(" ", found["name"]).split())
+    parts = _FORM.fullmatch(text)
+    assert parts is not None, "its middle part takes any text"
+    count, memory = int(parts["count"] or 1), parts["memory"]
+    name = " ".join(_MAKERS.sub(" ", parts["name"]).split())
     if count == 0:
         raise ConfigError(f"--device {brief(text)} has no device. {_EXAMPLES}.", code="device")
     if name.lower() in ("", "gpu", "cpu"):
@@ -81,7 +81,7 @@ def find_device(text: str) -> PlannedDevice:
         size, is_cpu = parse_bytes(memory), name.lower() == "cpu"
         shown = f"{'CPU' if is_cpu else 'GPU'} {memory}"
         return _planned(shown, size, count, is_cpu=is_cpu, has_bf16=not is_cpu or bool(bf16_instructions()))
-    card_name = next((known for known in CARDS if known.lower() == name.lower()), None)
+    card_name = next((card for card in CARDS if card.lower() == name.lower()), None)
     if card_name is None:
         raise ConfigError(
             f"--device {brief(text)} is not in the table: {', '.join(CARDS)}. {_EXAMPLES}.", code="device"

@@ -205,6 +205,6 @@ def _attend(
 ) -> tuple[Tensor, None]:
     if is_fused:
         num_repeats = query.shape[1] // key.shape[1]
-        key, value = (each.repeat_interleave(num_repeats, dim=1) for each in (key, value))
+        key, value = (heads.repeat_interleave(num_repeats, dim=1) for heads in (key, value))
     output: Tensor = _Kept.apply(query, key, value, attention_mask, is_fused)  # type: ignore[no-untyped-call]
     return output.transpose(1, 2).contiguous(), None

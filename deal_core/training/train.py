@@ -278,7 +278,7 @@ def _encode(
     ]
     if not more_rows:
         return concatenate_datasets(encoded)
-    known = {
+    seen = {
         (tuple(prompt), tuple(answer))
         for part in encoded
         for prompt, answer in zip(part["prompt_ids"], part["answer_ids"], strict=True)
@@ -291,7 +291,7 @@ def _encode(
             "is_prompt_cut": False,
         }
         for row in more_rows
-        if (tuple(row.prompt_ids), tuple(row.answer_ids)) not in known
+        if (tuple(row.prompt_ids), tuple(row.answer_ids)) not in seen
     ]
     if new:
         encoded.append(Dataset.from_list(new))

@@ -156,7 +156,7 @@ def _read_frames(
     root = str(Path(deal_core.__file__).parents[1])
     inherited = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     with tempfile.TemporaryFile() as words, tempfile.TemporaryFile() as files:
-        files.write(json.dumps([[str(each), _kind_or_none(each)] for each in paths]).encode())
+        files.write(json.dumps([[str(file), _kind_or_none(file)] for file in paths]).encode())
         files.seek(0)
         try:
             process = subprocess.Popen(
