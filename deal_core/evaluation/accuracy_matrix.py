@@ -97,8 +97,8 @@ class AccuracyMatrix(VersionedJson, what="The accuracy matrix", error=ValueError
             before = [None] * max(len(rows) - 1, 0) + [parent_accuracy] * min(len(rows), 1)
             rows = tuple((*row, cell) for row, cell in zip(rows, before, strict=True))
             tasks, base = (*tasks, task), (*base, base_accuracy)
-            asked = [None if cell is None else (num_rows or {}).get(task) for cell in (base_accuracy, *before)]
-            sizes = tuple((*row, size) for row, size in zip(sizes, asked, strict=True))
+            answered = [None if cell is None else (num_rows or {}).get(task) for cell in (base_accuracy, *before)]
+            sizes = tuple((*row, size) for row, size in zip(sizes, answered, strict=True))
         if set(accuracies) - set(self.slices) != set(tasks) - set(self.slices):
             raise ValueError(f"The new version has accuracies of {sorted(accuracies)}; give those of {sorted(tasks)}.")
         new_row = tuple(None if (value := accuracies.get(name)) is None else float(value) for name in tasks)

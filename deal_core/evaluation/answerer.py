@@ -333,12 +333,12 @@ class Answerer:
                 raise given_up()
             if request.version is not version:  # another version answers now, and asks in its own way
                 request.begin_again()
-            if not request.asked:  # all rows are checked before any is answered
+            if not request.inputs:  # all rows are checked before any is answered
                 for number, row in enumerate(request.rows, 1):
                     self._require_wanted(request)
-                    request.asked.append(version.served.asked(row, number))
+                    request.inputs.append(version.served.task_and_input(row, number))
             num_ready = len(request.answers) + len(request.prompts)
-            for task, text in request.asked[num_ready : len(request.answers) + 2 * self._max_rows]:
+            for task, text in request.inputs[num_ready : len(request.answers) + 2 * self._max_rows]:
                 prompt = encode_prompt(version.tokenizer, task.schema, text, task.max_prompt_tokens)
                 request.prompts.append(prompt)
                 request.num_prompt_tokens += len(prompt)
@@ -347,7 +347,7 @@ class Answerer:
             request.end(error)
             return
         request.version = version
-        if not request.asked:
+        if not request.inputs:
             request.finish()
             return
         with self._lock:
@@ -417,9 +417,9 @@ class Answerer:
         for request, part in batch:
             request.take(list(islice(in_order, len(part))))
             self._leave(request)
-            if len(request.answers) == len(request.asked):
+            if len(request.answers) == len(request.inputs):
                 request.finish()
-            elif len(request.prompts) < min(self._max_rows, len(request.asked) - len(request.answers)):
+            elif len(request.prompts) < min(self._max_rows, len(request.inputs) - len(request.answers)):
                 self._preparing.submit(self._prepare, request)
             else:  # requests that were served now go to the end of the queue
                 with self._lock:
@@ -477,8 +477,8 @@ class _Request:
     """It stays pending until the end, so that a caller that has gone can cancel it at any time."""
     version: _Version | None = None
     """The version that answers; None: no prompt is prepared yet."""
-    asked: list[tuple[ServedTask, str]] = field(default_factory=list)
-    """The rows in the form that the version is asked; empty before the first prompt."""
+    inputs: list[tuple[ServedTask, str]] = field(default_factory=list)
+    """The task of each row, and its input as datasets store it; empty before the first prompt."""
     prompts: list[list[int]] = field(default_factory=list)
     """Token ids of the prompts of the rows after the answered ones, for two batches at most."""
     num_prompt_tokens: int = 0
@@ -493,7 +493,7 @@ class _Request:
 
     def next_rows(self, number: int) -> list[tuple[ServedTask, list[int]]]:
         """Return the tasks and prompts of the next rows that are prepared."""
-        tasks = [task for task, _ in self.asked[len(self.answers) :][:number]]
+        tasks = [task for task, _ in self.inputs[len(self.answers) :][:number]]
         return list(zip(tasks, self.prompts[:number], strict=False))
 
     def take(self, answers: Sequence[GivenAnswer]) -> None:
@@ -503,7 +503,7 @@ class _Request:
 
     def begin_again(self) -> None:
         """Drop the answers so far: another version answers now."""
-        self.version, self.asked, self.prompts, self.answers = None, [], [], []
+        self.version, self.inputs, self.prompts, self.answers = None, [], [], []
         self.num_prompt_tokens = 0
 
     def end(self, error: Exception) -> None:

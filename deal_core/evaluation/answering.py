@@ -103,7 +103,7 @@ class ServedVersion(VersionedJson, what=SERVED_FILE, error=AdapterStateError, ve
         name = self.newest_task if name is None else name
         return next((task for task in self.tasks if task.schema.name == name), None)
 
-    def asked(self, row: InputRow, number: int) -> tuple[ServedTask, str]:
+    def task_and_input(self, row: InputRow, number: int) -> tuple[ServedTask, str]:
         """The row's task, and its input in the form in which that task's rows are stored.
 
         Raises:

@@ -104,10 +104,10 @@ class Suite:
         if self.name in VERSIONS:  # answered as a task's rows are, and not by the harness
             from deal_core.evaluation.generation import answer_inputs
 
-            asked = self.asked(tokenizer)
+            task = self.served_task(tokenizer)
             answers = answer or partial(answer_inputs, model, tokenizer)
             reader.generate_until = lambda requests: [
-                given.text for given in answers(asked, [request.doc["prompt"] for request in requests], on_progress)
+                given.text for given in answers(task, [request.doc["prompt"] for request in requests], on_progress)
             ]
         results = evaluate(lm=reader, task_dict=_load(self.name, _folder()), limit=MAX_ROWS, bootstrap_iters=0)
         scores = [self._score(row) for rows in results["samples"].values() for row in _of_one_filter(rows)]
@@ -115,7 +115,7 @@ class Suite:
             on_progress(len(scores))
         return tuple(scores)
 
-    def asked(self, tokenizer: PreTrainedTokenizerBase) -> ServedTask:
+    def served_task(self, tokenizer: PreTrainedTokenizerBase) -> ServedTask:
         """Return how a model is asked a suite of this project: by its own chat template, if it has one."""
         is_chat = bool(tokenizer.chat_template)
         schema = TaskSchema(

@@ -75,7 +75,7 @@ def predictions_of(
     With `keeps_texts` the rows get `input` and `output`. `shadow_of` has the ids of the answers that were returned
     instead; it is empty if these answers were returned.
     """
-    asked = _asked(rows, answered.served, answered.version, seconds, shadow_of)
+    of_rows = _of_rows(rows, answered.served, answered.version, seconds, shadow_of)
     return [
         Prediction(
             id=own_id,
@@ -87,7 +87,7 @@ def predictions_of(
             output=answer if keeps_texts else None,
         )
         for (task, text, common), answer, (confidence, label_mass), own_id in zip(
-            asked, answered.answers, answered.confidences, ids or [uuid.uuid4().hex for _ in rows], strict=True
+            of_rows, answered.answers, answered.confidences, ids or [uuid.uuid4().hex for _ in rows], strict=True
         )
     ]
 
@@ -108,17 +108,17 @@ def failures_of(
             label_mass=None,
             is_failed=True,
         )
-        for task, text, common in _asked(rows, served, version, seconds, shadow_of)
+        for task, text, common in _of_rows(rows, served, version, seconds, shadow_of)
     ]
 
 
-def _asked(
+def _of_rows(
     rows: Sequence[InputRow], served: ServedVersion, version: str, seconds: float, shadow_of: Sequence[str]
 ) -> Iterator[tuple[ServedTask, str, dict[str, Any]]]:
     """For each row its task, its normalised input, and the columns that all rows of a request share."""
     common = {"time": time.time(), "lineage": served.lineage, "version": version, "seconds": seconds}
     for number, row in enumerate(rows, 1):
-        yield *served.asked(row, number), {**common, "shadow_of": shadow_of[number - 1] if shadow_of else None}
+        yield *served.task_and_input(row, number), {**common, "shadow_of": shadow_of[number - 1] if shadow_of else None}
 
 
 def answer_facts(schema: TaskSchema, text: str, answer: str) -> dict[str, Any]:

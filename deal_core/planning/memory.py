@@ -229,7 +229,7 @@ def longest_of(
     """
     old_to_ask = tasks_to_ask([old for old in old_tasks if old.name not in kept], task)
     texts = _longest(tokenizer, rows["input"])
-    questions = [(asked, text, train.max_prompt_tokens) for asked in (task, *old_to_ask) for text in texts]
+    questions = [(schema, text, train.max_prompt_tokens) for schema in (task, *old_to_ask) for text in texts]
     prompts = [len(encode_prompt(tokenizer, *question)) for question in questions]
     num_prompt_tokens = max([*prompts, *(rows.longest_prompt for rows in kept.values())])
 

@@ -223,7 +223,7 @@ class Engines:
         """
         del in_background  # the engine decides in which order it answers
         with self._in_flight(by_candidate) as version:
-            asked = [version.served.asked(row, number) for number, row in enumerate(rows, 1)]
+            asked = [version.served.task_and_input(row, number) for number, row in enumerate(rows, 1)]
             answer = Completion(version, asked, sampling or Sampling())
             for places in answer.batches():
                 while not await self._try(answer, places):

@@ -47,12 +47,12 @@ def test_what_lies_beside_the_adapter_is_read_back(served_folder: Path, version:
 )
 def test_a_row_that_cannot_be_asked_is_named(version: ServedVersion, row: InputRow, message: str) -> None:
     with pytest.raises(ConfigError, match=f"^Row 2 .*{message}"):
-        version.asked(row, 2)
+        version.task_and_input(row, 2)
 
 
 def test_what_is_asked_is_normalised_as_learned_rows_are(version: ServedVersion) -> None:
     asked = [
-        version.asked(row, 1)[1]
+        version.task_and_input(row, 1)[1]
         for row in (
             InputRow(" the sea\r\nis green\n"),
             InputRow(json.dumps([{"role": "user", "content": "a\r\nb "}]), "help"),
@@ -60,7 +60,7 @@ def test_what_is_asked_is_normalised_as_learned_rows_are(version: ServedVersion)
     ]
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add", "arguments": '{"a": 1}'}]}
     chat = [{"role": "user", "content": "a", "tools": [{"name": "add"}]}, call, {"role": "tool", "content": "2"}]
-    stored = json.loads(version.asked(InputRow(json.dumps(chat), "help"), 1)[1])
+    stored = json.loads(version.task_and_input(InputRow(json.dumps(chat), "help"), 1)[1])
     assert (stored[0], stored[2], stored[1]["content"]) == (chat[0], chat[2], "")
     assert stored[1]["tool_calls"] == [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
     assert asked == ["the sea\nis green", json.dumps([{"role": "user", "content": "a\nb "}])]

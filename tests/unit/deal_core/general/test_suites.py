@@ -81,9 +81,9 @@ def test_a_model_is_asked_by_its_chat_template_or_without_one(tiny_base: Path, t
     base, suite, seen = load_base(str(tiny_base), tmp_path), Suite("arithmetic"), []
     assert {*suite.score(base.model, base.tokenizer, on_progress=seen.append)} <= {0.0, 1.0}
     assert sum(seen) == len(suite) == 3 and suite.identity == f"arithmetic {VERSIONS['arithmetic']}"
-    assert suite.asked(base.tokenizer).schema.uses_chat_template
+    assert suite.served_task(base.tokenizer).schema.uses_chat_template
     base.tokenizer.chat_template = None
-    task = suite.asked(base.tokenizer)
+    task = suite.served_task(base.tokenizer)
     assert not task.schema.uses_chat_template and task.schema.template == "{text}\nAnswer:"
 
 
