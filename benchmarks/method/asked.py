@@ -24,14 +24,15 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from deal_core.adapter.files import KEPT_ROWS, MethodState, Stores
+from deal_core.data.order import stratified_sample
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.metrics import number_labels, plain_answer
 from deal_core.limits import Count, Flag, Positive, ShareAboveZero, settings
 from deal_core.method_config import MethodConfig, RehearsalConfig
 from deal_core.strategies.deal import Deal
-from deal_core.strategies.kept_rows import choose_rows, labelled_rows, pack, unpack
-from deal_core.strategies.old_tasks import about_arrival, answered, tasks_to_ask
+from deal_core.strategies.kept_rows import pack, unpack
+from deal_core.strategies.old_tasks import about_arrival, answered, labelled_rows, tasks_to_ask
 from deal_core.strategies.rehearsal import Rehearsal, RehearsedRow, shuffled
 from deal_core.strategies.strategy import SEED_STRIDE, PlannedArrival, TaskContext
 
@@ -94,7 +95,7 @@ class AskedOptions:
         """Return the places of the rows of an arrival that are kept, given the answers of all of its rows."""
         num_kept = min(max(1, round(self.stored_share * len(answers))), self.max_stored_rows or len(answers))
         if self.balance_stored:
-            return choose_rows(answers, num_kept, seed)
+            return stratified_sample(answers, num_kept, seed)
         return random.Random(seed).sample(range(len(answers)), num_kept)
 
 

@@ -28,9 +28,9 @@ from benchmarks.method.asked import AskedOptions
 from benchmarks.method.protocol import todays_cells
 from benchmarks.output import RESULTS, Out, write_result
 from benchmarks.stored_cells import unpack_answers
+from deal_core.data.order import stratified_sample
 from deal_core.evaluation.metrics import plain_answer
 from deal_core.method_config import RehearsalConfig
-from deal_core.strategies.kept_rows import choose_rows
 
 
 def kept_of(method: Mapping[str, Any], rows: Sequence[dict[str, Any]], seed: int) -> Counter[str]:
@@ -40,7 +40,7 @@ def kept_of(method: Mapping[str, Any], rows: Sequence[dict[str, Any]], seed: int
     """
     labels = [plain_answer(row["output"]) for row in rows]
     if limit := method.get("rehearsal.rows"):
-        places = choose_rows(labels, RehearsalConfig(rows=limit).num_kept(len(labels)), seed)
+        places = stratified_sample(labels, RehearsalConfig(rows=limit).num_kept(len(labels)), seed)
     else:
         names = [field.name for field in fields(AskedOptions) if f"rehearsal.{field.name}" in method]
         options = AskedOptions(**{name: method[f"rehearsal.{name}"] for name in names})

@@ -86,12 +86,13 @@ from deal_core.base_model.load import BaseModel
 from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import encode_rows
+from deal_core.data.order import stratified_sample
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.general_ability import perplexity
 from deal_core.evaluation.label_scores import Floats, label_scores, recentred_hits
 from deal_core.method_config import DealConfig, MethodConfig, RehearsalConfig
 from deal_core.regular_file import complete_file
-from deal_core.strategies.kept_rows import choose_rows, pack, rows_name
+from deal_core.strategies.kept_rows import pack, rows_name
 from deal_core.strategies.rehearsal import RehearsedRow
 from deal_core.training.train import TrainingSetup, train_adapter
 from infra.report.figures import COLOURS, MARKERS, MUTED, new_figure, save_png, tidy
@@ -259,7 +260,7 @@ def give_kept_rows(
         )
         rows = [RehearsedRow(row["prompt_ids"], row["answer_ids"]) for row in encoded]
         num_kept = RehearsalConfig(rows=kept).num_kept(len(rows))
-        places = choose_rows([tuple(row.answer_ids) for row in rows], num_kept, seed)
+        places = stratified_sample([tuple(row.answer_ids) for row in rows], num_kept, seed)
         tensors[rows_name(task.schema.name)] = pack([rows[place] for place in places])
     if tensors:
         save_file(tensors, folder / METHOD_TENSORS_FILE)

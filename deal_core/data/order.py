@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
@@ -80,3 +81,10 @@ def spread(labels: Sequence[Hashable], draw: Callable[[], float]) -> list[int]:
         ((number + draw()) / len(places), place) for places in by_label.values() for number, place in enumerate(places)
     )
     return [place for _, place in ranked]
+
+
+def stratified_sample(labels: Sequence[Hashable], number: int, seed: int) -> list[int]:
+    """Return the places of `number` rows, drawn at random with every label in its share, given all rows' labels."""
+    generator = random.Random(seed)
+    places = generator.sample(range(len(labels)), len(labels))
+    return [places[i] for i in spread([labels[place] for place in places], generator.random)[:number]]

@@ -1,7 +1,13 @@
-"""Make the rehearsal of an arrival: each old task's kept rows, or else texts of the new task under its instruction.
+"""The rehearsal of `deal`: each old task's kept rows, or else texts of the new task under its instruction.
+
+The target of a kept row is (1 − β) · the parent version's answer + β · the right answer. The parent's answers to
+labelled rows are calibrated first: a version that has just learned a task often answers some labels of an old task too
+often, and an offset per label takes that away (`deal_core.evaluation.label_scores`).
 
 Texts of the new task have no right answer under an old task's instruction. The parent version answers them, and the new
 version is held to these answers (self-distillation).
+
+Shapes: N rows, L labels, K tokens of an answer, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,17 +16,26 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from peft import PeftModel
+from scipy.special import softmax
 from torch import Tensor
+from torch.nn.functional import one_hot
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from deal_core.base_model.turn_ends import stop_ids, tokens_before_end
 from deal_core.config import TrainConfig
-from deal_core.data.prompts import encode_prompt
+from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
+from deal_core.errors import TrainingDivergedError
 from deal_core.evaluation.generation import answer_limit, generate
+from deal_core.evaluation.label_scores import Floats, label_offsets, score_labels
 from deal_core.method_config import RehearsalConfig
-from deal_core.strategies.kept_rows import rows_of, with_targets
-from deal_core.strategies.rehearsal import Rehearsal, RehearsedRow
+from deal_core.strategies.kept_rows import rows_of
+from deal_core.strategies.rehearsal import Rehearsal, RehearsedRow, with_model_targets
 from deal_core.strategies.strategy import PlannedArrival, TaskContext
 
 NUM_TEXTS = 256
@@ -63,6 +78,108 @@ def make_rehearsal(
     num_each = texts_per_task(config, context.num_steps, len(olds))
     sets += about_arrival(model, context, olds, seed, num_each)
     return Rehearsal(sets, context.collator(), num_rows=config.per_step, seed=seed) if sets else None
+
+
+def with_targets(
+    rows: Sequence[RehearsedRow],
+    task: TaskSchema,
+    model: PeftModel,
+    context: TaskContext,
+    generator: random.Random,
+    answer_weight: float,
+) -> list[RehearsedRow]:
+    """Return kept rows of a task with what is learned from them.
+
+    Labels: the parent's calibrated probabilities of the labels, mixed with the right label. Free answers and chats: the
+    parent's probabilities at the tokens of the right answer, mixed with these tokens. Preferences: the parent's
+    probabilities at the tokens of both answers alone.
+
+    Args:
+        rows: The kept rows.
+        task: Their task, as the parent serves it.
+        model: The parent.
+        context: The arrival.
+        generator: Draws the labels that are answers.
+        answer_weight: β.
+
+    Raises:
+        TrainingDivergedError: The parent's scores are not finite.
+    """
+    tokenizer = context.base.tokenizer
+    longest = max(context.train.answer_tokens(task.labels), *(len(row.answer_ids) for row in rows))
+    labels = [encode_answer(tokenizer, task, label, longest) for label in task.labels]
+    numbers = {tuple(label): number for number, label in enumerate(labels)}
+    targets = [numbers.get(tuple(row.answer_ids)) for row in rows]
+    are_labels = None not in targets  # without labels no answer is one
+    are_distinct = len(numbers) == len(labels)
+    if task.learns_preferences or not (are_labels and are_distinct):
+        weight = 0.0 if task.learns_preferences else answer_weight
+
+        def mixed(logits_KV: Tensor, labels_K: Tensor) -> Tensor:
+            return (1 - weight) * logits_KV.softmax(-1) + weight * one_hot(labels_K, logits_KV.shape[-1])
+
+        return with_model_targets(model, context.collator(), rows, mixed)
+    prompts, targets_N = [row.prompt_ids for row in rows], np.array(targets)
+    return labelled_rows(model, tokenizer, task.name, prompts, labels, targets_N, generator, answer_weight)
+
+
+def labelled_rows(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    prompts: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]],
+    targets_N: NDArray[np.int64],
+    generator: random.Random,
+    answer_weight: float,
+) -> list[RehearsedRow]:
+    """Return a row for each prompt: its answer is a label drawn from (1 − β) · calibrated answer + β · right label.
+
+    Args:
+        model: Answers the prompts.
+        tokenizer: Its tokenizer.
+        task: Name of the prompts' task.
+        prompts: Tokens of the prompts.
+        labels: Tokens of the task's labels.
+        targets_N: Number of the right label of each prompt.
+        generator: Draws the answers.
+        answer_weight: β.
+
+    Raises:
+        TrainingDivergedError: The model's scores are not finite.
+    """
+    log_probs_NL = score_labels(model, tokenizer, prompts, labels).double().numpy()
+    if not np.isfinite(log_probs_NL).all():
+        raise TrainingDivergedError(
+            f"The parent version scores labels of {task} with numbers that are not finite: its training diverged. Take "
+            "an earlier version (deal version rollback), and lower train.learning_rate."
+        )
+    goals_NL = softmax(log_probs_NL + label_offsets(log_probs_NL, targets_N), axis=1)
+    goals_NL = (1 - answer_weight) * goals_NL + answer_weight * np.eye(len(labels))[targets_N]
+    return [_label_row(prompt, labels, goal_L, generator) for prompt, goal_L in zip(prompts, goals_NL, strict=True)]
+
+
+def _label_row(
+    prompt_ids: Sequence[int], labels: Sequence[Sequence[int]], goal_L: Floats, generator: random.Random
+) -> RehearsedRow:
+    """Return a row whose answer is a label drawn with the probabilities `goal_L`.
+
+    The targets at each token of the answer are the probabilities of all tokens that continue a label which begins as
+    the answer does. So the expected loss is KL(goal ‖ model) over the labels, by the chain rule.
+    """
+    answer_ids = list(generator.choices(labels, goal_L.tolist())[0])
+    steps: list[dict[int, float]] = []
+    for place in range(len(answer_ids)):
+        chances: dict[int, float] = {}
+        for label, goal in zip(labels, goal_L, strict=True):
+            if len(label) > place and list(label[:place]) == answer_ids[:place]:
+                chances[label[place]] = chances.get(label[place], 0.0) + float(goal)
+        steps.append(chances)
+    tokens = [torch.tensor(list(chances)) for chances in steps]
+    shares = [torch.tensor(list(chances.values())) / sum(chances.values()) for chances in steps]
+    return RehearsedRow(
+        prompt_ids, answer_ids, pad_sequence(tokens, batch_first=True), pad_sequence(shares, batch_first=True)
+    )
 
 
 def about_arrival(

@@ -19,10 +19,12 @@ from deal_core.base_model.load import BaseModel
 from deal_core.base_model.sharding import shard_base
 from deal_core.config import MIN_VALIDATED, AdapterConfig, Shard, TrainConfig
 from deal_core.data.collate import encode_rows
+from deal_core.data.order import stratified_sample
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.method_config import MethodConfig
 from deal_core.strategies import make_strategy, strategy_class
+from deal_core.strategies.kept_rows import right_rows
 from deal_core.strategies.rehearsal import RehearsedRow
 from deal_core.strategies.strategy import TaskContext
 from deal_core.training.kernels import compiled_layers, set_attention
@@ -251,10 +253,8 @@ def train_adapter(
 
 def _divide(encoded: Dataset, num_learned: int, seed: int) -> tuple[list[int], list[int]]:
     """The places of the rows that are learned, and of those that are held back, with every answer in its share."""
-    from deal_core.strategies.kept_rows import choose_rows
-
     answers = [tuple(ids) for ids in encoded["answer_ids"]]
-    held_back = sorted(choose_rows(answers, len(encoded) - num_learned, seed))
+    held_back = sorted(stratified_sample(answers, len(encoded) - num_learned, seed))
     return sorted({*range(len(encoded))} - {*held_back}), held_back
 
 
@@ -302,8 +302,6 @@ def _kept_rows(kept: KeptSource | None) -> tuple[MethodState | None, list[Rehear
     """The state with the kept rows that are handed on, and those of them that are learned."""
     if kept is None:
         return None, []
-    from deal_core.strategies.kept_rows import right_rows
-
     state = load_method_state(kept.folder)
     return state, [row for task in kept.learned for row in right_rows(state.kept_rows, task)]
 

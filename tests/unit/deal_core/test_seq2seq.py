@@ -27,7 +27,7 @@ from deal_core.evaluation.label_scores import label_log_probs
 from deal_core.evaluation.score import evaluate_task
 from deal_core.method_config import MethodConfig
 from deal_core.strategies import PLUGINS
-from deal_core.strategies.kept_rows import with_targets
+from deal_core.strategies.old_tasks import with_targets
 from deal_core.strategies.rehearsal import RehearsedRow
 from deal_core.strategies.strategy import TaskContext
 from tests.unit.deal_core.conftest import as_served, at_night, make_rows, train_into, weights

@@ -26,21 +26,15 @@ from deal_core.adapter.state import (
     load_method_state,
 )
 from deal_core.config import TrainConfig
+from deal_core.data.order import stratified_sample
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import TrainingDivergedError
 from deal_core.evaluation.label_scores import label_log_probs, label_offsets
 from deal_core.method_config import RehearsalConfig
 from deal_core.strategies import old_tasks
-from deal_core.strategies.kept_rows import (
-    choose_rows,
-    labelled_rows,
-    pack,
-    rows_name,
-    sizes_of,
-    unpack,
-    with_targets,
-)
+from deal_core.strategies.kept_rows import pack, rows_name, sizes_of, unpack
+from deal_core.strategies.old_tasks import labelled_rows, with_targets
 from deal_core.strategies.rehearsal import Rehearsal, RehearsedRow
 from deal_core.strategies.strategy import KeptRows
 from tests.unit.deal_core.conftest import at_night
@@ -92,7 +86,7 @@ def test_a_quarter_of_the_rows_is_kept_and_at_most_fifty():
 def test_every_label_keeps_its_share(shares):
     labels = [label for label, share in enumerate(shares) for _ in range(share * 300 // sum(shares))]
     for seed in range(20):
-        places = choose_rows(labels, 50, seed)
+        places = stratified_sample(labels, 50, seed)
         counts = Counter(labels[place] for place in places)
         assert len(set(places)) == len(places) == 50
         assert all(abs(counts[label] - 50 * share / sum(shares)) < 1.5 for label, share in enumerate(shares))
@@ -100,8 +94,8 @@ def test_every_label_keeps_its_share(shares):
 
 def test_the_seed_alone_decides_which_rows_are_kept():
     labels = [number % 3 for number in range(150)]
-    assert choose_rows(labels, 38, seed=1) == choose_rows(labels, 38, seed=1)
-    assert set(choose_rows(labels, 38, seed=1)) != set(choose_rows(labels, 38, seed=2))
+    assert stratified_sample(labels, 38, seed=1) == stratified_sample(labels, 38, seed=1)
+    assert set(stratified_sample(labels, 38, seed=1)) != set(stratified_sample(labels, 38, seed=2))
 
 
 def test_packed_rows_come_back():
