@@ -14,10 +14,6 @@ from deal_core.safe_text import brief
 MAX_COUNT = 2**31 - 1
 MAX_SEED = 2**32 - 1
 """Largest seed: NumPy takes no larger one, and none below 0."""
-MAX_ASKED_CHARS = 1_000_000
-"""Characters of one input that a version is asked, a whole chat included. Training takes `data.max_text_chars`."""
-MAX_ASKED_MESSAGES = 10_000
-"""Messages of a chat that a version is asked. The prompt holds only the latest of them."""
 
 Flag = Annotated[bool, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
@@ -30,10 +26,6 @@ AtLeastOne = Annotated[Number, Field(ge=1)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 ShareAboveZero = Annotated[Number, Field(gt=0, le=1)]
 ShareBelowOne = Annotated[Number, Field(ge=0, lt=1)]
-Days = Annotated[Positive, Field(le=3650)]
-"""A longer time ends after the last date that Python knows."""
-HoursOfMonth = Annotated[Positive, Field(le=744)]
-"""A month has no more hours."""
 
 Settings = TypeVar("Settings", bound=type)
 

@@ -47,7 +47,7 @@ import typer
 from benchmarks.output import DEAL, RESULTS, Out, write_result
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS, build_tiny_base
 from deal_core.base_model.sources import DEFAULT_BASE
-from deal_core.limits import MAX_ASKED_MESSAGES
+from deal_core.evaluation.answering import MAX_INPUT_MESSAGES
 from infra.predictions import read_predictions
 from infra.promotions import Change, PromotionLog
 from infra.serving.version_files import fetch_version
@@ -406,7 +406,7 @@ def learn_chats(base: str) -> None:
 def long_chats(url: str) -> Iterator[list[float]]:
     """Send chats of 10,000 messages while the block runs, until one is not answered: the seconds of each."""
     roles = ("user", "assistant")
-    messages = [{"role": roles[n % 2], "content": f"message {n}"} for n in range(MAX_ASKED_MESSAGES - 1)]
+    messages = [{"role": roles[n % 2], "content": f"message {n}"} for n in range(MAX_INPUT_MESSAGES - 1)]
     body = json.dumps({"model": f"{LINEAGE}/talk", "messages": messages})
     stop, took = threading.Event(), list[float]()
 
@@ -467,7 +467,7 @@ def measure_chats(num_clients: int, seconds: float, rounds: int) -> dict[str, An
     ratios = sorted(with_them / without for without, with_them in zip(*medians.values(), strict=True))
     return {
         "num_clients": num_clients,
-        "num_messages": MAX_ASKED_MESSAGES - 1,
+        "num_messages": MAX_INPUT_MESSAGES - 1,
         "seconds_per_turn": seconds,
         "num_rounds": rounds,
         "num_chats": len(chats),

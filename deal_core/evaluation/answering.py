@@ -17,11 +17,14 @@ from deal_core.data.chats import ROLES, as_messages, normal_calls, role_of
 from deal_core.data.check import normal_input
 from deal_core.data.schema import TaskSchema, label_key
 from deal_core.errors import AdapterStateError, ConfigError
-from deal_core.limits import MAX_ASKED_CHARS, MAX_ASKED_MESSAGES
 from deal_core.safe_text import brief
 from deal_core.schema_version import VersionedJson
 
 SERVED_FILE = "deal.json"
+MAX_INPUT_CHARS = 1_000_000
+"""Characters of one input that a version is asked, a whole chat included. Training takes `data.max_text_chars`."""
+MAX_INPUT_MESSAGES = 10_000
+"""Messages of a chat that a version is asked. The prompt holds only the latest of them."""
 
 
 class InputRow(NamedTuple):
@@ -48,8 +51,8 @@ class ServedTask:
         """
         if not text.strip():
             raise ConfigError(f"{place} has an empty input; give the text to answer.")
-        if len(text) > MAX_ASKED_CHARS:
-            raise ConfigError(f"{place} has {len(text):,} characters; give at most {MAX_ASKED_CHARS:,}.")
+        if len(text) > MAX_INPUT_CHARS:
+            raise ConfigError(f"{place} has {len(text):,} characters; give at most {MAX_INPUT_CHARS:,}.")
         if self.schema.format == "chat":
             self._check_chat(as_messages(text) or [{}], place)
         assert self.schema.format != "auto", "a task that was learned has a format"
@@ -140,10 +143,10 @@ def require_few_messages(number: int, place: str) -> None:
     """Refuse a chat of too many messages, whose texts no prompt has room for.
 
     Raises:
-        ConfigError: there are more than MAX_ASKED_MESSAGES; the message names the place.
+        ConfigError: there are more than MAX_INPUT_MESSAGES; the message names the place.
     """
-    if number > MAX_ASKED_MESSAGES:
-        raise ConfigError(f"{place} has {number:,} messages; give the latest {MAX_ASKED_MESSAGES:,} of them.")
+    if number > MAX_INPUT_MESSAGES:
+        raise ConfigError(f"{place} has {number:,} messages; give the latest {MAX_INPUT_MESSAGES:,} of them.")
 
 
 def _is_message(message: Mapping[str, Any]) -> bool:

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Source = Literal["api", "command"]
-SAID = ("label", "answer", "is_right")
+JUDGEMENTS = ("label", "answer", "is_right")
 """An entry has exactly one of these."""
-KEYS = ("id", *SAID, "is_random", "reviewer")
+KEYS = ("id", *JUDGEMENTS, "is_random", "reviewer")
 MAX_CHARS = 100_000
 """Longest answer; a reviewer's name is at most 200 characters long."""
 RANDOM_SHARE = 0.25
@@ -111,9 +111,9 @@ def read_entry(values: Any, place: str, *, source: Source, now: float) -> Feedba
     answer_id = _ID.fullmatch(entry["id"].strip()) if isinstance(entry.get("id"), str) else None
     if answer_id is None:
         raise ConfigError(f"{place} has no id of an answer, which is 32 hexadecimal digits.")
-    kinds = [name for name in SAID if name in entry]
+    kinds = [name for name in JUDGEMENTS if name in entry]
     if len(kinds) != 1:
-        raise ConfigError(f"{place} has {' and '.join(kinds) or 'no feedback'}; give one of {', '.join(SAID)}.")
+        raise ConfigError(f"{place} has {' and '.join(kinds) or 'no feedback'}; give one of {', '.join(JUDGEMENTS)}.")
     is_right = _truth(entry, "is_right", place)
     feedback = Feedback(
         id=answer_id[1],

@@ -11,10 +11,10 @@ from typing import Annotated, Literal, NamedTuple, Self
 from zoneinfo import ZoneInfo
 
 from cronsim import CronSim, CronSimError
-from pydantic import AfterValidator, BaseModel, model_validator
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from deal_core.errors import ConfigError
-from deal_core.limits import Count, Days, Flag, HoursOfMonth, ShareAboveZero
+from deal_core.limits import Count, Flag, Positive, ShareAboveZero
 
 
 def _require_zone(name: str) -> str:
@@ -59,7 +59,7 @@ class RetrainPolicy(BaseModel, frozen=True, extra="forbid"):
     """Time zone of `cron`, of the month of `budget_hours`, and of the times in `deal status`."""
     min_rows: Count | None = None
     """Rows of a task that must have landed. With a schedule they are counted at each of its times."""
-    max_wait_days: Days | None = None
+    max_wait_days: Annotated[Positive, Field(le=3650)] | None = None  # a longer time may end after Python's last date
     """Days after which a task is trained anyway: with fewer rows, and between the times of a schedule."""
     test_first: Flag = False
     """Without effect: the champion answers every arrival of a task that it knows before anything is trained."""
@@ -67,7 +67,7 @@ class RetrainPolicy(BaseModel, frozen=True, extra="forbid"):
     """The champion's accuracy on the new rows, 0 to 1, from which on there is nothing to learn. The arrival is then
     `skipped`: nothing is trained, and test rows stay as they are. An arrival with new labels is trained. None: nothing
     is skipped."""
-    budget_hours: HoursOfMonth | None = None
+    budget_hours: Annotated[Positive, Field(le=744)] | None = None  # a month has no more
     """Hours of finished trainings of the lineage in a calendar month. When they are used up, what lands waits for the
     next month. The training that exceeds them ends."""
 

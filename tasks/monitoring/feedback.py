@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from deal_core.data.reading.readers import read_rows
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
-from deal_core.monitoring.feedback import SAID, Feedback, is_empty, read_entry
+from deal_core.monitoring.feedback import JUDGEMENTS, Feedback, is_empty, read_entry
 from infra.log_batches import put_rows
 from infra.predictions import feedback_log, read_predictions
 from infra.store.base import ObjectStore
@@ -128,7 +128,7 @@ def take_feedback_file(path: Path, lineage: str) -> FeedbackResult:
         values = _in_names_of_feedback(row.values, [own[task]] if task in own else own.values())
         if row.fault is not None:
             problems.append(f"{place} cannot be read.")
-        elif all(is_empty(values.get(name)) for name in SAID):
+        elif all(is_empty(values.get(name)) for name in JUDGEMENTS):
             num_blank += 1
         else:
             try:
@@ -141,7 +141,7 @@ def take_feedback_file(path: Path, lineage: str) -> FeedbackResult:
         more = f" {len(problems) - MAX_TOLD} more rows are wrong." if len(problems) > MAX_TOLD else ""
         raise DataValidationError(f"{path.name} was not taken. {' '.join(problems[:MAX_TOLD])}{more}")
     if not entries:
-        raise DataValidationError(f"{path.name} has no feedback; fill in the column {', '.join(SAID)} of a row.")
+        raise DataValidationError(f"{path.name} has no feedback; fill in the column {', '.join(JUDGEMENTS)} of a row.")
     put_rows(store, feedback_log(lineage), [{"entry": uuid.uuid4().hex, **vars(entry)} for entry in entries])
     num_unknown = sum(entry.id not in task_of for entry in entries)
     return FeedbackResult(
@@ -152,7 +152,7 @@ def take_feedback_file(path: Path, lineage: str) -> FeedbackResult:
 def _in_names_of_feedback(values: Mapping[str, Any], own: Iterable[tuple[str, TaskSchema]]) -> Mapping[str, Any]:
     """Return a row with `label` or `answer` in place of the own name of that column in one of the tasks `own`."""
     for column, schema in own:
-        if not is_empty(values.get(column)) and not any(name in values for name in SAID if name != column):
+        if not is_empty(values.get(column)) and not any(name in values for name in JUDGEMENTS if name != column):
             others = {name: value for name, value in values.items() if name != column}
             return {**others, "label" if schema.labels else "answer": values[column]}
     return values

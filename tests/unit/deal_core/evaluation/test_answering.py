@@ -9,8 +9,13 @@ from pathlib import Path
 import pytest
 
 from deal_core.errors import ConfigError
-from deal_core.evaluation.answering import InputRow, ServedVersion, read_served
-from deal_core.limits import MAX_ASKED_CHARS, MAX_ASKED_MESSAGES
+from deal_core.evaluation.answering import (
+    MAX_INPUT_CHARS,
+    MAX_INPUT_MESSAGES,
+    InputRow,
+    ServedVersion,
+    read_served,
+)
 
 
 @pytest.fixture
@@ -38,9 +43,9 @@ def test_what_lies_beside_the_adapter_is_read_back(served_folder: Path, version:
         (InputRow('[{"role": "\\ud800", "content": "a"}]', "help"), r"the role '\\ud800'"),
         (InputRow("half \ud800"), "half of a surrogate pair"),
         (InputRow('[{"role": "user", "content": "a", "tools": [{"\\udfff": 1}]}]', "help"), "half of a"),
-        (InputRow("a" * (MAX_ASKED_CHARS + 1)), "1,000,001 characters"),
+        (InputRow("a" * (MAX_INPUT_CHARS + 1)), "1,000,001 characters"),
         (
-            InputRow(json.dumps([{"role": "user", "content": "a"}] * (MAX_ASKED_MESSAGES + 1)), "help"),
+            InputRow(json.dumps([{"role": "user", "content": "a"}] * (MAX_INPUT_MESSAGES + 1)), "help"),
             "10,001 messages",
         ),
     ],
