@@ -88,8 +88,8 @@ from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import encode_rows
 from deal_core.data.order import stratified_sample
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluation.general_ability import perplexity
 from deal_core.evaluation.label_scores import Floats, label_scores, recentred_hits
+from deal_core.general.perplexity import perplexity
 from deal_core.method_config import DealConfig, MethodConfig, RehearsalConfig
 from deal_core.regular_file import complete_file
 from deal_core.strategies.kept_rows import pack, rows_name

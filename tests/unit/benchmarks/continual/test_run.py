@@ -24,10 +24,10 @@ from deal_core.base_model.load import BaseModel
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
-from deal_core.evaluation.general_ability import LIMIT, TEXTS, perplexity
 from deal_core.evaluation.label_scores import label_log_probs
 from deal_core.evaluation.metrics import score_answers
 from deal_core.evaluation.report import outcome_text
+from deal_core.general.perplexity import LIMIT, TEXTS, perplexity
 from deal_core.method_config import MethodConfig, RehearsalConfig, SelectionConfig
 from deal_core.selection.label_noise import features
 
