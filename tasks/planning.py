@@ -36,7 +36,7 @@ from deal_core.planning.meta_model import measure_activations, measure_model
 from deal_core.safe_text import brief
 from deal_core.selection.choose import rows_read
 from deal_core.strategies import strategy_class
-from deal_core.strategies.strategy import KeptRows, PlannedArrival
+from deal_core.strategies.strategy import KeptSize, PlannedArrival
 from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings, LaunchSettings
 from infra.store.base import ObjectStore, temporary_folder
@@ -215,7 +215,7 @@ def plan(
         return _plan_rows(run, manifest, rows, planned, probe, on_progress)
 
 
-def _kept_by(store: ObjectStore, champion: Version, tasks: Iterable[TaskSchema]) -> dict[str, KeptRows]:
+def _kept_by(store: ObjectStore, champion: Version, tasks: Iterable[TaskSchema]) -> dict[str, KeptSize]:
     """The sizes of the rows that the champion keeps of its tasks."""
     from deal_core.adapter.state import load_method_state
     from deal_core.strategies.kept_rows import sizes_of

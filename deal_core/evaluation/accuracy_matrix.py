@@ -275,7 +275,7 @@ class _OldTask(NamedTuple):
     """What the last version has gained since the first one that was trained or measured on the task."""
 
 
-KeptMatrix = Annotated[
+StoredMatrix = Annotated[
     AccuracyMatrix,
     BeforeValidator(lambda values: values if isinstance(values, AccuracyMatrix) else AccuracyMatrix.from_json(values)),
     PlainSerializer(AccuracyMatrix.to_json),

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, PlainSerializer
 
-from deal_core.evaluation.accuracy_matrix import KeptMatrix
+from deal_core.evaluation.accuracy_matrix import StoredMatrix
 from deal_core.evaluation.metrics import LabelFigures, metric_name
 from deal_core.evaluation.significance import PairedDrop
 from deal_core.schema_version import VersionedJson
@@ -102,7 +102,7 @@ class EvaluationReport(VersionedJson, what="The evaluation report", error=ValueE
     """The parent's accuracy on the task before training; None for the first version."""
     num_rows: Mapping[str, int]
     """Test rows of each task."""
-    matrix: KeptMatrix
+    matrix: StoredMatrix
     """The lineage's matrix, with the new version as its last row."""
     notes: tuple[str, ...] = ()
     """Remarks for readers of the figures, such as a full adapter."""

@@ -22,7 +22,7 @@ from deal_core.method_config import MethodConfig
 from deal_core.shown import Shown
 from deal_core.strategies import strategy_class
 from deal_core.strategies.old_tasks import longest_answer, tasks_to_ask
-from deal_core.strategies.strategy import KeptRows, Strategy
+from deal_core.strategies.strategy import KeptSize, Strategy
 
 FP32 = 4
 BYTES_OF = {"bf16": 2, "fp32": 4}
@@ -217,7 +217,7 @@ def longest_of(
     old_tasks: Sequence[TaskSchema],
     train: TrainConfig,
     num_rows: int,
-    kept: Mapping[str, KeptRows],
+    kept: Mapping[str, KeptSize],
 ) -> BatchShape:
     """Return a batch of `num_rows` rows that are as long as the longest training row.
 

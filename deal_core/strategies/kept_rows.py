@@ -14,7 +14,7 @@ from deal_core.data.order import stratified_sample
 from deal_core.data.schema import TaskSchema
 from deal_core.method_config import RehearsalConfig
 from deal_core.strategies.rehearsal import RehearsedRow
-from deal_core.strategies.strategy import KeptRows, TaskContext
+from deal_core.strategies.strategy import KeptSize, TaskContext
 
 
 def rows_name(task: str) -> str:
@@ -78,11 +78,11 @@ def right_rows(kept: Mapping[str, Tensor], task: TaskSchema) -> list[RehearsedRo
     return rows[::2] if task.learns_preferences else rows
 
 
-def sizes_of(kept: Mapping[str, Tensor], tasks: Iterable[str]) -> dict[str, KeptRows]:
+def sizes_of(kept: Mapping[str, Tensor], tasks: Iterable[str]) -> dict[str, KeptSize]:
     """Return the size of each task's kept rows; tasks without rows are left out."""
     sizes = {}
     for task in tasks:
         if rows := rows_of(kept, task):
             longest_prompt = max(len(row.prompt_ids) for row in rows)
-            sizes[task] = KeptRows(len(rows), longest_prompt, max(len(row.answer_ids) for row in rows))
+            sizes[task] = KeptSize(len(rows), longest_prompt, max(len(row.answer_ids) for row in rows))
     return sizes

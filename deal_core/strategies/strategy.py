@@ -77,7 +77,7 @@ class TaskContext:
         )
 
 
-class KeptRows(NamedTuple):
+class KeptSize(NamedTuple):
     """The size of a task's kept rows."""
 
     num_rows: int
@@ -93,7 +93,7 @@ class PlannedArrival:
     task: TaskSchema
     old_tasks: tuple[TaskSchema, ...]
     """Empty for the first arrival of a lineage."""
-    kept: Mapping[str, KeptRows] = field(default_factory=dict)
+    kept: Mapping[str, KeptSize] = field(default_factory=dict)
     """For each old task whose rows the parent keeps, their size."""
     num_rows: int
     """Training rows that are trained on."""

@@ -17,7 +17,7 @@ from pydantic import ConfigDict
 from deal_core.config import AdapterConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, StoreError
-from deal_core.evaluation.accuracy_matrix import KeptMatrix
+from deal_core.evaluation.accuracy_matrix import StoredMatrix
 from deal_core.schema_version import VersionedJson
 from infra.store.base import ObjectStore
 from infra.versions import Version
@@ -113,7 +113,7 @@ class LineageRecord(VersionedJson, what=f"The lineage's {RECORD_FILE}", error=St
     strategy: str
     adapter: AdapterConfig
     tasks: tuple[KnownTask, ...]
-    matrix: KeptMatrix
+    matrix: StoredMatrix
     slices: tuple[KnownSlice, ...] = ()
 
     def task(self, name: str) -> KnownTask | None:

@@ -43,7 +43,7 @@ from deal_core.planning.memory import (
 )
 from deal_core.planning.meta_model import measure_activations, measure_model
 from deal_core.strategies import strategy_class
-from deal_core.strategies.strategy import KeptRows, PlannedArrival
+from deal_core.strategies.strategy import KeptSize, PlannedArrival
 from tests.deal_configs import deal_with
 
 LLAMA = LlamaConfig(
@@ -226,23 +226,23 @@ def test_the_longest_kept_row_counts_and_then_the_new_texts_of_its_task_do_not(b
     old = TaskSchema(name="old", labels=("x", "a label of a good many words"), instruction="Say what it is. " * 9)
     given = (rows(12), base.tokenizer, task, (old,), TrainConfig(max_prompt_tokens=300), 8)
 
-    def longest(kept: dict[str, KeptRows]) -> tuple[int, int]:
+    def longest(kept: dict[str, KeptSize]) -> tuple[int, int]:
         batch = longest_of(*given, kept)
         assert batch.num_rows == 8
         return batch.num_tokens - batch.num_answer_tokens, batch.num_answer_tokens
 
-    asked, short = longest({}), longest({"old": KeptRows(num_rows=3, longest_prompt=5, longest_answer=2)})
+    asked, short = longest({}), longest({"old": KeptSize(num_rows=3, longest_prompt=5, longest_answer=2)})
     assert asked[0] > short[0] + 20 and asked[1] > short[1]
-    long = {"old": KeptRows(num_rows=3, longest_prompt=250, longest_answer=2)}
+    long = {"old": KeptSize(num_rows=3, longest_prompt=250, longest_answer=2)}
     assert longest(long) == (250, short[1])
-    assert longest({"old": KeptRows(num_rows=3, longest_prompt=5, longest_answer=70)}) == (short[0], 70)
+    assert longest({"old": KeptSize(num_rows=3, longest_prompt=5, longest_answer=70)}) == (short[0], 70)
 
 
 def test_rehearsed_rows_of_a_step_count_where_there_are_any() -> None:
     new, old = (TaskSchema(name=name, labels=("a", "b"), instruction=f"The {name} one?") for name in ("new", "old"))
 
     def rows_of(strategy: str, *old_tasks: TaskSchema, kept: tuple[str, ...] = (), **rehearsal: Any) -> int:
-        sizes = dict.fromkeys(kept, KeptRows(num_rows=5, longest_prompt=9, longest_answer=2))
+        sizes = dict.fromkeys(kept, KeptSize(num_rows=5, longest_prompt=9, longest_answer=2))
         arrival = PlannedArrival(task=new, old_tasks=old_tasks, kept=sizes, num_rows=9, num_steps=3)
         method = MethodConfig(rehearsal=RehearsalConfig(**rehearsal))
         return strategy_class(strategy).rehearsed_per_step(method, arrival)

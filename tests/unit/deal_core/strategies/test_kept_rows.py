@@ -36,7 +36,7 @@ from deal_core.strategies import old_tasks
 from deal_core.strategies.kept_rows import pack, rows_name, sizes_of, unpack
 from deal_core.strategies.old_tasks import labelled_rows, with_targets
 from deal_core.strategies.rehearsal import Rehearsal, RehearsedRow
-from deal_core.strategies.strategy import KeptRows
+from deal_core.strategies.strategy import KeptSize
 from tests.unit.deal_core.conftest import at_night
 from tests.unit.deal_core.strategies.conftest import EIGHT_STEPS
 
@@ -110,7 +110,7 @@ def test_sizes_are_those_of_the_longest_row():
         rows_name("other"): pack([RehearsedRow([1], [2])]),
     }
     sizes = sizes_of(kept, ["sizes", "forgotten", "new"])
-    assert sizes == {"sizes": KeptRows(num_rows=2, longest_prompt=3, longest_answer=2)}
+    assert sizes == {"sizes": KeptSize(num_rows=2, longest_prompt=3, longest_answer=2)}
 
 
 # --- how they travel
