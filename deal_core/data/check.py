@@ -74,7 +74,7 @@ class RowChecker:
             case "completion":
                 rows = self._completions(batch, problems)
             case "chat":
-                rows = self._chats(batch, problems)
+                rows = _rows_of({place: self._chat(raw.values) for place, raw in enumerate(batch.rows())}, problems)
         problems = _all_of(problems, batch)
         rows = {place: row for place, row in rows.items() if place not in problems}
         is_test = [splits[place] == "test" for place in rows]
@@ -121,9 +121,6 @@ class RowChecker:
         if rejected is None:
             return rows
         return _rows_of({place: _preference(row, rejected[place]) for place, row in rows.items()}, problems)
-
-    def _chats(self, batch: RowBatch, problems: Problems) -> dict[int, Row]:
-        return _rows_of({place: self._chat(raw.values) for place, raw in enumerate(batch.rows())}, problems)
 
     # --- columns: the text of each row, which is empty where the row is bad
 

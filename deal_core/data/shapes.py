@@ -108,7 +108,9 @@ def _find_preferences(look: FileLook, task: TaskSchema, source: str, include_tex
     is_asked = task.learns_preferences or not named.isdisjoint(PREFERENCE_COLUMNS)
     is_labelled = all(not have.keys().isdisjoint(CONVENTIONS[name]) for name in ("text", "label"))
     has_others = not (named.isdisjoint(("completion", "messages")) and have.keys().isdisjoint(_ANSWERS))
-    if not is_asked and (task.format != "auto" or task.labels or has_others or is_labelled):
+    is_new_task = task.format == "auto" and not task.labels
+    has_only_preferences = not has_others and not is_labelled
+    if not is_asked and not (is_new_task and has_only_preferences):
         return None
     chosen, rejected = names = [task.columns.get(ours) or have.get(ours) or ours for ours in PREFERENCE_COLUMNS]
     if missing := [name for name in names if name not in look.columns]:

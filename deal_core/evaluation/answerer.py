@@ -22,6 +22,7 @@ from peft import PeftModel
 
 from deal_core.adapter import state as adapters
 from deal_core.adapter.state import CANDIDATE_NAME, SavedAdapter, activate, load_adapter, read_adapter, swap_adapter
+from deal_core.base_model.language_model import device_of
 from deal_core.base_model.load import BaseModel, Precision, load_base
 from deal_core.config import Quantize
 from deal_core.data.prompts import encode_prompt
@@ -294,7 +295,7 @@ class Answerer:
             if isinstance(blocks, torch.nn.ModuleList):  # every transformers model holds its layers in one
                 for block in blocks:
                     block.register_forward_pre_hook(self._interrupt)
-        self._max_rows = MAX_ROWS_CPU if next(model.parameters()).device.type == "cpu" else MAX_ROWS
+        self._max_rows = MAX_ROWS_CPU if device_of(model).type == "cpu" else MAX_ROWS
 
     def _interrupt(self, *_: Any) -> None:
         """Runs before every layer of the model, so that a batch ends soon that is not wanted any more."""

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
-from deal_core.base_model.language_model import LanguageModel
+from deal_core.base_model.language_model import LanguageModel, device_of
 
 TEXTS = (
     "The lighthouse keeper climbed the stairs every evening at the same hour. There were two hundred and twelve of "
@@ -66,7 +66,7 @@ def perplexity(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> floa
     if model.config.is_encoder_decoder:
         return None
     model.eval()
-    device = next(model.parameters()).device
+    device = device_of(model)
     total, num_tokens = 0.0, 0
     for text in TEXTS:
         ids = torch.tensor([tokenizer(text)["input_ids"]], device=device)
