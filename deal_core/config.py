@@ -180,10 +180,14 @@ class TrainConfig:
         """Return how many of so many training rows are learned; the others are for validation."""
         return num_rows - (round(self.validation_share * num_rows) if num_rows >= MIN_VALIDATED else 0)
 
+    @property
+    def rows_per_step(self) -> int:
+        """New rows of an optimiser step."""
+        return self.batch_size * self.gradient_accumulation_steps
+
     def num_steps(self, num_rows: int) -> int:
         """Return the optimiser steps for so many training rows, of which some may be for validation."""
-        rows_per_step = self.batch_size * self.gradient_accumulation_steps
-        return self.max_steps or math.ceil(self.num_learned(num_rows) / rows_per_step) * self.num_epochs
+        return self.max_steps or math.ceil(self.num_learned(num_rows) / self.rows_per_step) * self.num_epochs
 
 
 PREFERENCE = "preference"

@@ -297,7 +297,7 @@ def _plan_rows(
         num_rejected=manifest.num_rejected,
         num_steps=run.arrival.num_steps,
         learning_rate=train.preference_learning_rate if setup.task.learns_preferences else train.rate(num_parameters),
-        rows_per_step=train.batch_size * train.gradient_accumulation_steps,
+        rows_per_step=train.rows_per_step,
         rehearsed_per_step=run.rehearsed_per_step,
         num_kept=setup.method.rehearsal.num_kept(run.arrival.num_rows) if keeps_rows else 0,
         batch_rows=batch.num_rows,
@@ -324,7 +324,7 @@ def _notes(run: _Run, num_train: int, seconds: float | None) -> Iterator[str]:
         """A model reads rows before the training."""
         time = ""
         if seconds is not None:
-            taken = FORWARD_SHARE * seconds * num_read / (train.batch_size * train.gradient_accumulation_steps)
+            taken = FORWARD_SHARE * seconds * num_read / train.rows_per_step
             time = f", about {round(taken):,} s that are not counted above"
         return f"{why}: a model reads {num_read:,} texts before the training{time}"
 
@@ -357,7 +357,7 @@ def _probe_step(run: _Run, rows: Dataset) -> float:
     times: list[float] = []
     train = replace(run.setup.train, max_steps=NUM_PROBE_STEPS, checkpoint_steps=0, num_processes=1)
     if run.setup.task.learns_preferences:  # the parent reads all of them first
-        num_rows = NUM_PROBE_STEPS * train.batch_size * train.gradient_accumulation_steps
+        num_rows = NUM_PROBE_STEPS * train.rows_per_step
         rows = rows.select(range(0, len(rows), max(1, len(rows) // num_rows)))
     parent = borrowed_adapter(current_store(), run.champion, with_method=True) if run.champion else nullcontext()
     with temporary_folder() as temporary, parent as parent_folder:

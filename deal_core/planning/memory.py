@@ -284,11 +284,10 @@ def find_remedies(memory_of: MemoryOf, train: TrainConfig, precision: str, limit
         change = "train.gradient_checkpointing: true" + " with torch_compile: false" * train.torch_compile
         changes.append((change, replace(train, gradient_checkpointing=True, torch_compile=False), precision))
     smaller = train
-    rows_per_step = train.batch_size * train.gradient_accumulation_steps
     least = train.num_processes  # each process has a row of every batch
     while smaller.batch_size > least:
         size = max(least, smaller.batch_size // 2 // least * least)
-        num_batches = -(-rows_per_step // size)
+        num_batches = -(-train.rows_per_step // size)
         smaller = replace(train, batch_size=size, gradient_accumulation_steps=num_batches)
         change = f"train.batch_size: {size} with gradient_accumulation_steps: {num_batches}"
         if memory_of(smaller, precision).total <= limit or size == least:

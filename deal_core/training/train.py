@@ -139,7 +139,7 @@ def train_adapter(
     if joined and any(schema.learns_preferences for schema, _ in tasks):
         raise ConfigError("Preferences are learned alone, and joint training has several tasks; leave them out there.")
     encoded = _encode(tasks, more_rows, base, train)
-    num_rows, num_steps = train.num_learned(len(encoded)), train.num_steps(len(encoded))
+    num_learned, num_steps = train.num_learned(len(encoded)), train.num_steps(len(encoded))
     rate = train.preference_learning_rate if task.learns_preferences else train.rate(base.model.num_parameters())
     args = training_arguments(train, checkpoint_folder, num_steps, rate)
     if args.world_size != train.num_processes:
@@ -150,6 +150,7 @@ def train_adapter(
     if not base.is_quantized and shard == "none":  # a quantized model is on its device already and cannot be moved
         base.model.to(args.device)  # first, because the strategy creates its tensors on the factors' device
 
+    # the parent version with its method's state, or a new adapter
     usual_attention = base.model.config._attn_implementation
     parent_state: MethodState | None = None
     inherited: MethodState | None = None
@@ -167,17 +168,21 @@ def train_adapter(
             shard_base(model)
         if task.learns_preferences:  # the model is the parent version until the strategy prepares it
             encoded = add_preferences(encoded, rows, model, base.tokenizer, task, train)
+
+        # rows that are held back decide which step is kept
         validation = None
-        if num_rows < len(encoded):
-            learned, held_back = _divide(encoded, num_rows, train.seed)
+        if num_learned < len(encoded):
+            learned, held_back = _divide(encoded, num_learned, train.seed)
             validation = Validation(
                 encoded.select(held_back),
                 num_steps=num_steps,
-                steps_of_epoch=math.ceil(num_rows / (train.batch_size * train.gradient_accumulation_steps)),
+                steps_of_epoch=math.ceil(num_learned / train.rows_per_step),
                 folder=checkpoint_folder,
             )
             encoded = encoded.select(learned)
             rows = rows.select([place for place in learned if place < len(rows)])
+
+        # the strategy prepares on the parent version, then the trainer calls it in every step
         context = TaskContext(
             base=base,
             task=task,
@@ -211,11 +216,15 @@ def train_adapter(
         )
         with trainer.accelerator.main_process_first():  # it removes incomplete checkpoints
             checkpoint = find_checkpoint(checkpoint_folder)
+
+        # train from the last complete checkpoint, if a call before this one died
         started = time.perf_counter()
         products = nullcontext() if device_of(base.model).type in FP32_ON else base_precision(model)
         with products, compiled_layers(base.model) if train.torch_compile else nullcontext():
             trainer.run(checkpoint)
         seconds = time.perf_counter() - started
+
+        # the version: PEFT's files and the state that the next arrival gets
         state = replace(learner.finish(), num_arrivals=learner.num_arrivals + 1)
         if handed_on is not None:
             tensors = handed_on.kept_rows
@@ -223,13 +232,13 @@ def train_adapter(
         if args.process_index == 0:
             save_adapter(model, output_folder, state, base_name=base.name)
 
+        # figures and notes
         steps_taken, log = trainer.state.global_step, trainer.state.log_history
         resumed_from = None if checkpoint is None else step_of(checkpoint)
-        rows_per_step = train.batch_size * train.gradient_accumulation_steps
-        seen, before = (_rows_until(step, num_rows, rows_per_step) for step in (steps_taken, resumed_from or 0))
+        seen, before = (_rows_until(step, num_learned, train) for step in (steps_taken, resumed_from or 0))
         notes = [
             *learner.notes(),
-            *_validated(validation, train, num_rows, steps_taken),
+            *_validated(validation, train, num_learned, steps_taken),
             *_lost(parent_state, state),
             *_cut(encoded, train, train.answer_tokens(task.labels)),
         ]
@@ -306,10 +315,10 @@ def _kept_rows(kept: KeptSource | None) -> tuple[MethodState | None, list[Rehear
     return state, [row for task in kept.learned for row in right_rows(state.kept_rows, task)]
 
 
-def _rows_until(step: int, num_rows: int, rows_per_step: int) -> int:
+def _rows_until(step: int, num_rows: int, train: TrainConfig) -> int:
     """Rows that the first `step` optimiser steps have seen; the last step of an epoch may have fewer rows."""
-    epochs, steps = divmod(step, math.ceil(num_rows / rows_per_step))
-    return epochs * num_rows + steps * rows_per_step
+    epochs, steps = divmod(step, math.ceil(num_rows / train.rows_per_step))
+    return epochs * num_rows + steps * train.rows_per_step
 
 
 def _validated(validation: Validation | None, train: TrainConfig, num_rows: int, num_steps: int) -> Iterator[str]:
