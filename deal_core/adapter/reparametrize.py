@@ -43,7 +43,7 @@ class Reparametrization(nn.Module):
         spectrum = decompose(*stack.read())
         sigma_MR, names, rank = spectrum.sigma_MR, stack.names, spectrum.sigma_MR.shape[1]
         num_free = max(1, round(config.free_share * rank))
-        wanted_M = count_core_slots(sigma_MR, config.energy, 0)
+        wanted_M = count_core_slots(sigma_MR, config.energy)
         count_M = wanted_M.clamp(max=rank - num_free)
         self.num_core_slots.update(zip(names, count_M.tolist(), strict=True))
         self.full_modules += tuple(n for n, c, w in zip(names, count_M, wanted_M, strict=True) if c < w)

@@ -116,13 +116,12 @@ def decompose(a_MRI: Tensor, b_MOR: Tensor) -> Spectrum:
     return Spectrum(q_B @ u, sigma, q_A @ vh.mT)
 
 
-def count_core_slots(sigma_MR: Tensor, energy: float, num_free: int) -> Tensor:
-    """Number of leading directions that hold at least `energy` of ‖ΔW‖²_F; at least `num_free` are left free.
+def count_core_slots(sigma_MR: Tensor, energy: float) -> Tensor:
+    """Return the number of leading directions that hold at least the share `energy` of ‖ΔW‖²_F.
 
     The result is an integer tensor of shape (M,). A module whose ΔW is zero has no core.
     """
     power_MR = sigma_MR.double().square()
     total_M1 = power_MR.sum(1, keepdim=True)
     below_MR = power_MR.cumsum(1) < energy * total_M1 * (1 - 1e-12)
-    count_M = torch.where(total_M1.squeeze(1) > 0, below_MR.sum(1) + 1, 0)
-    return count_M.clamp(max=sigma_MR.shape[1] - num_free)
+    return torch.where(total_M1.squeeze(1) > 0, below_MR.sum(1) + 1, 0)

@@ -264,7 +264,7 @@ def adapter_fill(model: PeftModel) -> dict[str, float]:
     fill: dict[str, float] = {}
     for stack in collect_stacks(model):
         sigma_MR = decompose(*stack.read()).sigma_MR
-        shares_M = count_core_slots(sigma_MR, 0.95, 0) / sigma_MR.shape[1]
+        shares_M = count_core_slots(sigma_MR, 0.95) / sigma_MR.shape[1]
         fill.update(zip(stack.names, shares_M.tolist(), strict=True))
     return fill
 

@@ -37,15 +37,14 @@ def test_no_full_product_is_formed():
 
 
 @pytest.mark.parametrize(
-    ("sigma", "energy", "num_free", "count"),
+    ("sigma", "energy", "count"),
     [
-        ([3.0, 1.0, 0.1, 0.0], 0.95, 1, 2),
-        ([3.0, 1.0, 0.1, 0.0], 0.85, 1, 1),
-        ([1.0, 1.0, 1.0, 1.0], 0.95, 1, 3),
-        ([1.0, 1.0, 1.0, 1.0], 0.95, 2, 2),
-        ([1.0, 1.0, 1.0, 1.0], 0.95, 0, 4),
-        ([0.0, 0.0, 0.0, 0.0], 0.95, 1, 0),
+        ([3.0, 1.0, 0.1, 0.0], 0.95, 2),
+        ([3.0, 1.0, 0.1, 0.0], 0.85, 1),
+        ([1.0, 1.0, 1.0, 1.0], 0.95, 4),
+        ([1.0, 1.0, 1.0, 1.0], 1.0, 4),
+        ([0.0, 0.0, 0.0, 0.0], 0.95, 0),
     ],
 )
-def test_core_holds_the_energy_and_leaves_the_free_slots(sigma, energy, num_free, count):
-    assert count_core_slots(torch.tensor([sigma]), energy, num_free).tolist() == [count]
+def test_core_holds_the_energy(sigma, energy, count):
+    assert count_core_slots(torch.tensor([sigma]), energy).tolist() == [count]
