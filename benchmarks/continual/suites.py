@@ -16,7 +16,7 @@ from typing import Any, Literal
 from deal_core.base_model.sources import HUB_DATASET, fetch_snapshot
 from deal_core.data.reading.json_rows import unique_keys
 from deal_core.data.reading.lines import open_text
-from deal_core.data.reading.readers import look_at, read_rows
+from deal_core.data.reading.readers import read_head, read_rows
 from deal_core.data.schema import SURROGATE, PromptForm, TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.evaluation.metrics import number_labels, plain_answer
@@ -213,7 +213,7 @@ def _load_task(folder: Path, name: str) -> SuiteTask:
         raise DataValidationError(f"{path} does not describe task {name!r}; it has {has}.")
     task = described[name] if isinstance(described[name], dict) else {}
     files = {part: folder / f"{name}.{part}.jsonl" for part in ("train", "test", "dev")}
-    is_generation = "completion" in look_at(files["train"]).columns
+    is_generation = "completion" in read_head(files["train"]).columns
     if not isinstance(task.get("instruction"), str) or not (is_generation or _are_texts(task.get("labels"))):
         raise DataValidationError(
             f"{path} does not say what task {name!r} asks; give it an 'instruction', a text, and 'labels', a list of "

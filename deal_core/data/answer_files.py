@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deal_core.data.reading.readers import file_kind, look_at, read_rows
+from deal_core.data.reading.readers import file_kind, read_head, read_rows
 from deal_core.data.rows import json_text
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.regular_file import complete_file
@@ -46,12 +46,12 @@ def survey_rows(path: Path) -> Survey:
         DataValidationError: The file cannot be read to its end, has no rows, or has two columns of one name.
     """
     if file_kind(path) == "parquet":
-        look = look_at(path)
-        assert look.schema is not None and look.num_rows is not None, "a Parquet file says both"
-        fields = list(look.schema)
+        head = read_head(path)
+        assert head.schema is not None and head.num_rows is not None, "a Parquet file says both"
+        fields = list(head.schema)
         if len({field.name for field in fields}) < len(fields):
             raise DataValidationError(f"{path.name} has two columns of the same name; rename one of them.")
-        survey = Survey(look.num_rows, {field.name: field.type for field in fields})
+        survey = Survey(head.num_rows, {field.name: field.type for field in fields})
     else:
         kinds: dict[str, set[str]] = {}
         num_rows = 0

@@ -7,7 +7,7 @@ no Python code can hinder that. So a file is read here, within limits, and `deal
 is read. Standard output is a sequence of frames: a letter, the length of the content, and the content.
 
     "+"  nothing; the process has started and is about to open the file
-    "J"  JSON: a look at the file, or the number of rows of the next file
+    "J"  JSON: the head of the file, or the number of rows of the next file
     "S"  Arrow's schema of the file, or of the batches that follow
     "R"  JSON: a list of rows
     "A"  Arrow's record batch of some rows of the schema
@@ -50,7 +50,7 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def main(request: str) -> NoReturn:
-    """Write the frames of a task ("look", "rows" or "count"), and end the process."""
+    """Write the frames of a task ("head", "rows" or "count"), and end the process."""
     name, kind, task = json.loads(request)
     path = Path(name)
     # A keyboard's and a service's signals are for the process that waits for the frames. When it ends, so does its end
@@ -66,8 +66,8 @@ def main(request: str) -> NoReturn:
             import deal_core.data.reading.parquet_rows  # noqa: F401  # what it takes does not count as the file's
         most_bytes = _set_limits(path)
         _send(frames, b"+")
-        if task == "look":
-            _look(path, kind, frames)
+        if task == "head":
+            _head(path, kind, frames)
         elif task == "count":
             _count(frames)
         else:
@@ -123,11 +123,11 @@ def _as_json(value: Any) -> bytes:
     return _ENCODER.encode(value).encode("utf-8", "surrogatepass")
 
 
-def _look(path: Path, kind: parsing.Kind, frames: BinaryIO) -> None:
-    look = parsing.look(path, kind)
-    if look.schema is not None:
-        _send(frames, b"S", look.schema.serialize())
-    _send_json(frames, b"J", [look.columns, look.examples, look.class_names, look.num_rows])
+def _head(path: Path, kind: parsing.Kind, frames: BinaryIO) -> None:
+    head = parsing.head(path, kind)
+    if head.schema is not None:
+        _send(frames, b"S", head.schema.serialize())
+    _send_json(frames, b"J", [head.columns, head.examples, head.class_names, head.num_rows])
 
 
 def _count(frames: BinaryIO) -> None:
@@ -138,7 +138,7 @@ def _count(frames: BinaryIO) -> None:
         _set_limits(Path(name))
         with contextlib.suppress(DataValidationError):
             if kind == "parquet":
-                num_rows = parsing.look(Path(name), kind).num_rows
+                num_rows = parsing.head(Path(name), kind).num_rows
             elif kind is not None:
                 num_rows = sum(map(len, parsing.parse(Path(name), kind)))
         _send_json(frames, b"J", num_rows)

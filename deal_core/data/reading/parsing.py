@@ -37,7 +37,7 @@ _SURVEYED_ROWS = 1000
 
 
 @dataclass(frozen=True)
-class FileLook:
+class FileHead:
     """The columns of a file before its rows are read."""
 
     columns: tuple[str, ...]
@@ -54,7 +54,7 @@ class FileLook:
     """The columns of a Parquet file with their types."""
 
 
-def look(path: Path, kind: Kind) -> FileLook:
+def head(path: Path, kind: Kind) -> FileHead:
     """The columns of a file, and what their cells look like.
 
     Raises:
@@ -67,13 +67,13 @@ def look(path: Path, kind: Kind) -> FileLook:
             with open_parquet(path) as file:
                 schema = file.schema_arrow
                 names = class_names(schema)
-                return FileLook(tuple(schema.names), examples(schema), names, file.metadata.num_rows, schema)
+                return FileHead(tuple(schema.names), examples(schema), names, file.metadata.num_rows, schema)
         if kind == "csv":
-            return _look_at_csv(path)
-        return _look_at_json(path)
+            return _head_of_csv(path)
+        return _head_of_json(path)
 
 
-def _look_at_json(path: Path) -> FileLook:
+def _head_of_json(path: Path) -> FileHead:
     names: dict[str, None] = {}
     examples: dict[str, Any] = {}
     num_readable = 0
@@ -85,10 +85,10 @@ def _look_at_json(path: Path) -> FileLook:
         num_readable += row.fault is None
         if num_readable == _SURVEYED_ROWS:
             break
-    return FileLook(tuple(names), examples)
+    return FileHead(tuple(names), examples)
 
 
-def _look_at_csv(path: Path) -> FileLook:
+def _head_of_csv(path: Path) -> FileHead:
     with CsvFile(path) as file:
         booleans, not_empty = {*file.header}, set[str]()
         for row, _ in islice(file.rows(), _SURVEYED_ROWS):
@@ -97,7 +97,7 @@ def _look_at_csv(path: Path) -> FileLook:
             booleans -= {name for name, cell in cells.items() if cell not in ("true", "false", "")}
             if not booleans:
                 break
-        return FileLook(file.header, dict.fromkeys(booleans & not_empty, True))
+        return FileHead(file.header, dict.fromkeys(booleans & not_empty, True))
 
 
 def parse(path: Path, kind: Kind) -> Iterator[list[RawRow] | pa.RecordBatch]:

@@ -24,7 +24,7 @@ import pyarrow as pa
 import deal_core
 from deal_core.data.reading.batches import ParquetRows, RowBatch, from_json, sent_rows
 from deal_core.data.reading.child import HEADER, OUT_OF_MEMORY
-from deal_core.data.reading.parsing import FileLook, Kind
+from deal_core.data.reading.parsing import FileHead, Kind
 from deal_core.data.rows import RawRow
 from deal_core.errors import DataValidationError, DealError, ReaderDiedError
 from deal_core.safe_text import shorten
@@ -71,17 +71,17 @@ def _kind_or_none(path: Path) -> Kind | None:
         return None
 
 
-def look_at(path: Path) -> FileLook:
+def read_head(path: Path) -> FileHead:
     """The file's columns, and what their cells look like.
 
     Raises:
         DataValidationError: The file cannot be read.
     """
-    frames = dict(_read_frames(path, "look"))
+    frames = dict(_read_frames(path, "head"))
     columns, examples, class_names, num_rows = from_json(frames[b"J"])
     names = {column: tuple(classes) for column, classes in class_names.items()}
     schema = pa.ipc.read_schema(pa.py_buffer(frames[b"S"])) if b"S" in frames else None
-    return FileLook(tuple(columns), examples, names, num_rows, schema)
+    return FileHead(tuple(columns), examples, names, num_rows, schema)
 
 
 def count_rows(paths: Sequence[Path]) -> Iterator[int | None]:
@@ -140,7 +140,7 @@ def read_batches(path: Path, columns: Collection[str] | None = None) -> Generato
 
 
 def _read_frames(
-    path: Path, task: Literal["look", "rows", "count"], *, paths: Sequence[Path] = ()
+    path: Path, task: Literal["head", "rows", "count"], *, paths: Sequence[Path] = ()
 ) -> Generator[tuple[bytes, bytes]]:
     """The letters and contents of a file's frames. The process that reads the file ends with the iterator.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from deal_core.data.reading.lines import open_bytes, sha256_of_input
-from deal_core.data.reading.readers import look_at
+from deal_core.data.reading.readers import read_head
 from deal_core.errors import DataValidationError
 from deal_core.regular_file import IrregularFileError, complete_file, open_regular, read_start, sha256_of_file
 
@@ -49,7 +49,7 @@ def test_what_is_no_regular_file_is_refused_at_once(kind: str, tmp_path: Path) -
     path = make(kind, tmp_path / "a.csv")
     with pytest.raises(IrregularFileError, match=f"it is a {kind}, and only regular files are read"):
         open_regular(path)
-    for read in (open_bytes, sha256_of_input, look_at):
+    for read in (open_bytes, sha256_of_input, read_head):
         with pytest.raises(DataValidationError, match=f"it is a {kind}"):
             read(path)
 

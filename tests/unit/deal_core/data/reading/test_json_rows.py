@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deal_core.data.reading import json_rows, lines
-from deal_core.data.reading.parsing import look
+from deal_core.data.reading.parsing import head
 from deal_core.errors import DataValidationError
 from tests.built import write_rows
 from tests.hypothesis_settings import SHARED_FIXTURES
@@ -45,13 +45,13 @@ def test_a_list_has_the_rows_of_json_lines_in_pieces_of_any_size(
     assert [(row.number, row.values) for row in found] == [*enumerate(content, start=1)]
     lines = path.read_bytes().decode().split("\n")
     assert all(lines[row.line - 1].lstrip(" [").startswith("{") for row in found if row.line)
-    assert {*look(path, "jsonl").columns} == {name for row in content for name in row}
+    assert {*head(path, "jsonl").columns} == {name for row in content for name in row}
 
 
 @pytest.mark.parametrize("content", ["[]", " [ ]\n\n", "[\n]\n"])
 def test_an_empty_list_has_no_rows(tmp_path: Path, content: str) -> None:
     path = write(tmp_path / "rows.json", content)
-    assert (list(parsed_rows(path)), look(path, "jsonl").columns) == ([], ())
+    assert (list(parsed_rows(path)), head(path, "jsonl").columns) == ([], ())
 
 
 @pytest.mark.parametrize("first", ["[]", "{"])
@@ -63,7 +63,7 @@ def test_a_bracket_alone_among_json_lines_is_one_bad_row(tmp_path: Path, first: 
 @pytest.mark.parametrize("content", [{"data": [{"text": "a"}]}, {"text": "a"}])
 def test_an_object_over_several_lines_is_refused_with_what_to_write(tmp_path: Path, content: Any) -> None:
     path = write(tmp_path / "rows.json", json.dumps(content, indent=2))
-    for read in (lambda path: look(path, "jsonl"), lambda path: list(parsed_rows(path))):
+    for read in (lambda path: head(path, "jsonl"), lambda path: list(parsed_rows(path))):
         with pytest.raises(DataValidationError, match=r"rows\.json begins with one JSON object"):
             read(path)
 

@@ -24,13 +24,13 @@ import pytest
 
 from deal_core.data.answer_files import survey_rows
 from deal_core.data.reading import readers
-from deal_core.data.reading.readers import look_at, read_batches, read_rows
+from deal_core.data.reading.readers import read_batches, read_head, read_rows
 from deal_core.errors import DataValidationError, ReaderDiedError
 from tests.hostile_parquet import ABORTS, odd_columns, repeated
 from tests.parsed import parsed_rows
 
 READS: dict[str, Callable[[Path], Any]] = {
-    "look": look_at,
+    "head": read_head,
     "rows": lambda path: list(read_rows(path)),
     "survey": survey_rows,
 }
@@ -175,7 +175,7 @@ def test_names_of_columns_that_fill_the_memory_are_refused(tmp_path: Path) -> No
         for number in range(100):
             file.write(json.dumps({"text": "a", f"{number}" + "k" * 2**20: 1}) + "\n")
     with pytest.raises(DataValidationError, match="more than 64 MiB"):
-        look_at(path)
+        read_head(path)
 
 
 def test_a_cell_outside_of_its_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from deal_core.data.reading.readers import count_rows, look_at, read_rows
+from deal_core.data.reading.readers import count_rows, read_head, read_rows
 from deal_core.errors import DataValidationError
 from tests.built import write_rows
 from tests.hypothesis_settings import SHARED_FIXTURES
@@ -47,7 +47,7 @@ def test_every_kind_gives_its_rows_and_their_number_or_says_that_it_was_cut_off(
 ) -> None:
     path = write_rows(tmp_path / f"rows.{kind}{packing}", ROWS)
     assert read(path) == ROWS and [row.number for row in read_rows(path)] == [1, 2, 3]
-    assert look_at(path).columns == ("text", "label") and [*count_rows([path])] == [3]
+    assert read_head(path).columns == ("text", "label") and [*count_rows([path])] == [3]
     if packing or kind == "parquet":  # a gzip file is known by its bytes
         bare = tmp_path / f"bare.{kind}"
         bare.write_bytes(path.read_bytes())
@@ -105,7 +105,7 @@ def test_a_csv_is_read_as_spreadsheets_write_it(
     tmp_path: Path, content: str, rows: dict[int, tuple[str, str]], delimiter: str
 ) -> None:
     path = write(tmp_path / "rows.csv", content.format(delimiter))
-    assert look_at(path).columns == ("text", "label")
+    assert read_head(path).columns == ("text", "label")
     found = list(parsed_rows(path))
     assert {row.line: tuple(row.values.values()) for row in found} == rows
     assert [row.number for row in found] == [*range(1, len(rows) + 1)]
@@ -113,7 +113,7 @@ def test_a_csv_is_read_as_spreadsheets_write_it(
 
 def test_a_separator_wins_and_one_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.csv", "sep=;\ntext, or;label\na, b;x\n")
-    assert look_at(path).columns == ("text, or", "label") and read(path) == [{"text, or": "a, b", "label": "x"}]
+    assert read_head(path).columns == ("text, or", "label") and read(path) == [{"text, or": "a, b", "label": "x"}]
     with pytest.raises(DataValidationError) as refused:
         list(read_rows(write(tmp_path / "rows.csv", "sep=|\ntext|label\na|x\n")))
     assert refused.value.code == "csv-separator"
@@ -121,7 +121,7 @@ def test_a_separator_wins_and_one_that_cannot_be_used_is_named(tmp_path: Path) -
 
 def test_a_doubled_csv_column_is_named_twice_and_loses_nothing(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.csv", "text,label,text\n1,2,3\n")
-    assert look_at(path).columns == ("text", "label", "text")
+    assert read_head(path).columns == ("text", "label", "text")
     assert list(read(path)[0].values()) == ["1", "2", "3"]
 
 
@@ -132,7 +132,7 @@ def test_json_lines_may_have_a_mark_blank_lines_and_windows_line_ends(tmp_path: 
     first, bad, last = parsed_rows(path)
     assert (first.values, last.values, last.number) == ({"text": "a"}, {"label": "b", "id": 1}, 4)
     assert bad.fault is not None and bad.raw() == "broken"
-    assert look_at(path).columns == ("text", "label", "id"), "of all the first rows"
+    assert read_head(path).columns == ("text", "label", "id"), "of all the first rows"
 
 
 def test_text_that_is_not_utf8_survives_to_the_row_check(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_file_of_wide_characters_is_refused_by_the_name_of_its_encoding(
 ) -> None:
     content = write_rows(tmp_path / f"rows.{kind}", ROWS).read_text(encoding="utf-8")
     path = write(tmp_path / f"rows.{kind}", f"{mark}{content}".encode(encoding))
-    for use in (look_at, read):
+    for use in (read_head, read):
         with pytest.raises(DataValidationError, match=encoding[:6].upper()) as refused:
             use(path)
         assert refused.value.code == "encoding"
@@ -212,6 +212,6 @@ def test_a_column_whose_name_is_broken_is_said(name: bytes, is_nested: bool, tmp
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"text": ["a"], "other" if is_nested else "zzzz": others}), path, store_schema=False)
     path.write_bytes(path.read_bytes().replace(b"zzzz", name))
-    for use in (look_at, read):
+    for use in (read_head, read):
         with pytest.raises(DataValidationError, match=r"rows\.parquet has a column whose name is not UTF-8"):
             use(path)
