@@ -102,7 +102,8 @@ def split_answers(cell: object) -> tuple[object, list[str]]:
     messages = as_messages(cell)
     name = "content" if messages and "content" in messages[-1] else "value"
     answers = messages[-1].get(name) if messages else None
-    if not messages or not isinstance(answers, list) or not answers or not all(type(text) is str for text in answers):
+    lists_texts = isinstance(answers, list) and all(type(text) is str for text in answers)
+    if not messages or not answers or not lists_texts:
         return cell, []
     return [*messages[:-1], {**messages[-1], name: answers[0]}], list(dict.fromkeys(answers))
 

@@ -219,8 +219,9 @@ def _with_alarms(drift: TaskDrift, level: float, limits: DriftLimits, before: fl
     alarms = [Alarm(kind="drift", reason=_reason(test, drift.label_shares)) for test in tests if test.is_alarm]
     measured, estimated = (_judged(accuracy, level, limits) for accuracy in (drift.measured, drift.estimated))
     for word, accuracy in (("measured", measured), ("estimated", estimated)):
-        if accuracy is None or accuracy.reference is None or not accuracy.is_alarm:
+        if accuracy is None or not accuracy.is_alarm:
             continue
+        assert accuracy.reference is not None, "an alarm compares with the reference"
         interval = f"{100 * accuracy.low:.1f} to {100 * accuracy.high:.1f}"
         figure = f"accuracy is {word} at {100 * accuracy.accuracy:.1f} % ({interval})"
         versus_tests = f"in {accuracy.num_rows} live rows; the test rows have {100 * accuracy.reference:.1f} %"
@@ -235,8 +236,9 @@ def _with_alarms(drift: TaskDrift, level: float, limits: DriftLimits, before: fl
 
 
 def _judged(accuracy: LiveAccuracy | None, level: float, limits: DriftLimits) -> LiveAccuracy | None:
-    if accuracy is None or accuracy.reference is None or accuracy.p_value is None or accuracy.drop_points is None:
+    if accuracy is None or accuracy.reference is None:
         return accuracy
+    assert accuracy.p_value is not None and accuracy.drop_points is not None, "they come with the reference"
     is_large = accuracy.drop_points >= limits.max_live_drop_points and accuracy.is_below(accuracy.reference)
     return replace(accuracy, is_alarm=is_large and accuracy.p_value < level)
 
