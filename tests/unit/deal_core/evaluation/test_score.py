@@ -11,7 +11,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from deal_core.adapter.state import adapter_on
 from deal_core.config import TrainConfig
-from deal_core.data.collate import MIN_PREFIX, encode_rows
+from deal_core.data.collate import MIN_PREFIX
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation import batches
@@ -128,38 +128,6 @@ def test_scores_are_those_of_the_answers(base, task, rows, folder):
     assert sum(right) > 0 and found.accuracy == sum(right) / 24
     assert (found.task, found.num_rows, found.majority_rate) == ("colours", 24, 8 / 24)
     assert found.rouge1 >= found.accuracy
-
-
-def test_an_answer_ends_with_the_longest_label_or_the_limit(base, task, rows):
-    """A base model may never end its answers: tokens beyond a label's length would be wasted."""
-    inputs = rows(2)["input"]
-    tokens = base.tokenizer
-
-    def longest(for_task: TaskSchema, limit: int) -> int:
-        answers = answer_inputs(base.model, tokens, as_served(for_task, limit), inputs)
-        return max(len(tokens(a.text, add_special_tokens=False)["input_ids"]) for a in answers)
-
-    free = TaskSchema(name="open", instruction=task.instruction)
-    label_tokens = max(len(tokens(" " + label, add_special_tokens=False)["input_ids"]) for label in task.labels)
-    assert longest(task, 30) < 2 * (label_tokens + 1) < longest(free, 30)
-    assert longest(free, 4) < longest(free, 30)
-
-
-def test_padding_does_not_change_a_rows_loss(base, task, rows):
-    """Each row alone and all rows in one batch give the same logits at the answer's positions."""
-    from deal_core.data.collate import AnswerCollator, answer_logits
-
-    encoded = encode_rows(rows(6), base.tokenizer, task, max_prompt_tokens=64, max_answer_tokens=8)
-    collate = AnswerCollator(base.tokenizer, is_seq2seq=False)
-    with torch.no_grad():
-        batch = collate(list(encoded))
-        together = answer_logits(base.model, batch)
-        for i, row in enumerate(encoded):
-            alone = answer_logits(base.model, collate([row]))[0]
-            torch.testing.assert_close(together[i, -len(alone) :], alone, rtol=1e-4, atol=1e-4)
-        full = base.model(**{k: v for k, v in batch.items() if k != "labels"}).logits
-    length = batch["labels"].shape[1]
-    torch.testing.assert_close(together, full[:, -length - 1 : -1])
 
 
 def test_the_probability_of_a_reference_is_that_of_its_tokens_one_by_one(base, task, rows, folder, monkeypatch):
