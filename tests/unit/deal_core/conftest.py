@@ -32,6 +32,8 @@ SHORT = TrainConfig(
     max_steps=4, batch_size=4, learning_rate=5e-3, schedule="constant", balance_labels=False, max_prompt_tokens=64
 )
 PARTS = ("deal", "rehearsal", "selection", "strategy_options")
+TONE = TaskSchema(name="tone", format="completion", instruction="Answer.", metric="preference", learns_preferences=True)
+"""A task that learns preferences; `pairs` makes its rows."""
 
 
 def at_night(*cases: Any) -> list[Any]:
@@ -51,6 +53,20 @@ def make_rows(num_rows: int, first: int = 0) -> Dataset:
         word = WORDS[label].split()[(i // 3) % 3]
         rows.append({"input": f"message {i} about {word} " + "and more " * (i % 5), "output": label})
     return Dataset.from_list(rows)
+
+
+def pairs(num_rows: int) -> Dataset:
+    """Pairs of answers that differ in length and have the number of their pair as third word."""
+    return Dataset.from_list(
+        [
+            {
+                "input": f"tap {i} drips " + "and more " * (i % 4),
+                "output": f"red rose {i} " + "sea " * (i % 3),
+                "rejected": f"blue moss {i}" + " sky" * (i % 5),
+            }
+            for i in range(num_rows)
+        ]
+    )
 
 
 @pytest.fixture
@@ -120,6 +136,20 @@ def train_into(folder: Path, base: BaseModel, strategy: str, parent: Path | None
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """The adapter's weights in a folder, by name."""
     return dict(load_file(folder / WEIGHTS_FILE))
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two adapters are equal, bit for bit."""
+    first, second = weights(one), weights(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def assert_close_weights(one: Path, other: Path, *, rtol: float, atol: float) -> None:
+    """Two adapters are equal within rounding."""
+    expected, found = weights(one), weights(other)
+    assert expected.keys() == found.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=rtol, atol=atol)
 
 
 Train = Callable[..., Run]

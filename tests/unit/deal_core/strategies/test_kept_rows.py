@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from scipy.special import softmax
 
@@ -43,40 +42,22 @@ from deal_core.strategies.kept_rows import (
 )
 from deal_core.strategies.rehearsal import Rehearsal, RehearsedRow
 from deal_core.strategies.strategy import KeptRows
-from tests.unit.deal_core.conftest import at_night
-from tests.unit.deal_core.strategies.conftest import EIGHT_STEPS
+from tests.unit.deal_core.conftest import TONE, at_night, pairs
+from tests.unit.deal_core.strategies.conftest import (
+    EIGHT_STEPS,
+    SIZES,
+    STORY,
+    encoded,
+    encoded_prompts,
+    labelled,
+    prompts_of,
+)
 
 ONE_STEP = TrainConfig(max_steps=1, batch_size=4, max_prompt_tokens=64, checkpoint_steps=0)
-SIZES = TaskSchema(
-    name="sizes", labels=("very large", "very small", "tiny indeed"), instruction="How big is it?"
-)  # two labels begin alike
-STORY = TaskSchema(name="story", format="completion", instruction="Go on.")
-TONE = TaskSchema(name="tone", format="completion", metric="preference", learns_preferences=True)
-
-
-def labelled(task: TaskSchema, num_rows: int) -> Dataset:
-    labels = task.labels or ("this and that", "so", "a red sea")
-    return Dataset.from_list(
-        [{"input": f"{task.name} number {i}", "output": labels[i % len(labels)]} for i in range(num_rows)]
-    )
-
-
-def pairs(num_rows: int) -> Dataset:
-    return Dataset.from_list(
-        [{"input": f"tap {i} drips", "output": f"red rose {i}", "rejected": f"blue moss {i}"} for i in range(num_rows)]
-    )
 
 
 def kept_by(folder: Path, task: TaskSchema) -> list[RehearsedRow]:
     return unpack(load_method_state(folder).tensors[rows_name(task.name)])
-
-
-def prompts_of(rows: Sequence[RehearsedRow]) -> set[tuple[int, ...]]:
-    return {tuple(row.prompt_ids) for row in rows}
-
-
-def encoded_prompts(base, task: TaskSchema, inputs: Sequence[str]) -> set[tuple[int, ...]]:
-    return {tuple(encode_prompt(base.tokenizer, task, text, 64)) for text in inputs}
 
 
 # --- which rows are kept
@@ -214,15 +195,6 @@ def targets(base, parent, make_context):
     return make
 
 
-def encoded(base, task: TaskSchema, rows: Dataset, column: str = "output") -> list[RehearsedRow]:
-    return [
-        RehearsedRow(
-            encode_prompt(base.tokenizer, task, row["input"], 64), encode_answer(base.tokenizer, task, row[column], 50)
-        )
-        for row in rows
-    ]
-
-
 def shares_of(row: RehearsedRow) -> list[dict[int, float]]:
     """The target at each token of the answer, without tokens of share 0."""
     return [
@@ -327,25 +299,14 @@ def test_a_parent_that_diverged_is_named(base, parent, targets):
         targets(SIZES, encoded(base, SIZES, labelled(SIZES, 3)), 0.5)
 
 
-def test_half_of_the_target_is_the_right_answer(base, task, train, monkeypatch):
-    made = []
-    make = old_tasks.make_rehearsal
-    monkeypatch.setattr(
-        old_tasks, "make_rehearsal", lambda *given, **named: made.append(named) or make(*given, **named)
-    )
-    train("deal", train("deal", train=ONE_STEP).folder, old_tasks=(task,), train=ONE_STEP)
-    assert made[-1] == {"answer_weight": 0.5}
-
-
-def test_every_arrival_rehearses_in_another_order(task, train, monkeypatch):
+def test_every_arrival_rehearses_in_another_order_and_half_of_a_target_is_the_right_answer(task, train, monkeypatch):
     """Otherwise, with fewer steps than rows, the same few rows would be learned every time, and the others never."""
-    orders = []
-    make = old_tasks.make_rehearsal
+    orders, make = [], old_tasks.make_rehearsal
 
     def record(*given, **named):
+        assert named == {"answer_weight": 0.5}
         made = make(*given, **named)
-        rows = [] if made is None else made.sets[0]
-        orders.append([tuple(row.prompt_ids) for row in rows])
+        orders.append([tuple(row.prompt_ids) for row in made.sets[0]] if made else [])
         return made
 
     monkeypatch.setattr(old_tasks, "make_rehearsal", record)
