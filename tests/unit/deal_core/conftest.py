@@ -16,6 +16,7 @@ import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
 from safetensors.torch import load_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.base_model.load import BaseModel, load_base
@@ -31,6 +32,7 @@ WORDS = {"red": "rose fire blood", "green": "grass leaf moss", "blue": "sea sky 
 SHORT = TrainConfig(
     max_steps=4, batch_size=4, learning_rate=5e-3, schedule="constant", balance_labels=False, max_prompt_tokens=64
 )
+SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 PARTS = ("deal", "rehearsal", "selection", "strategy_options")
 TONE = TaskSchema(name="tone", format="completion", instruction="Answer.", metric="preference", learns_preferences=True)
 """A task that learns preferences; `pairs` makes its rows."""
@@ -91,6 +93,16 @@ def task() -> TaskSchema:
 @pytest.fixture
 def rows() -> Callable[..., Dataset]:
     return make_rows
+
+
+def small_model(model_type: str, vocab_size: int = 64, **changes: Any) -> PreTrainedModel:
+    """A model of two layers with random weights, of one of transformers' types."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 256}
+    heads, ids = {"num_attention_heads": 4, "num_key_value_heads": 2}, dict(zip(SPECIAL_IDS, range(3), strict=True))
+    config = CONFIG_MAPPING[model_type](vocab_size=vocab_size, **sizes, **heads, **ids, **changes)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The digest of an adapter, and missing or planted files. Changed bytes: tasks/lineage/test_version_files_digests.py."""
+"""The digest of an adapter, and missing or planted files; for changed bytes see test_version_files_digests.py."""
 
 from __future__ import annotations
 

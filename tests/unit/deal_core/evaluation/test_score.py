@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from transformers import MistralConfig, MistralForCausalLM
 
 from deal_core.adapter.state import adapter_on
 from deal_core.config import TrainConfig
@@ -18,7 +17,7 @@ from deal_core.evaluation import batches
 from deal_core.evaluation.generation import answer_inputs, generate, read_prefix
 from deal_core.evaluation.likelihood import DIVERGENCE_ROWS, divergence_from_base, token_probabilities
 from deal_core.evaluation.score import count_too_long, evaluate_task
-from tests.unit.deal_core.conftest import as_served, train_into
+from tests.unit.deal_core.conftest import as_served, small_model, train_into
 
 WELL = TrainConfig(max_steps=80, batch_size=8, learning_rate=3e-2, max_prompt_tokens=64)
 
@@ -104,18 +103,7 @@ def test_what_all_prompts_begin_with_is_read_once(base, task, rows, monkeypatch)
 
 def test_a_model_that_looks_back_a_few_tokens_only_reads_every_prompt_whole(base, task, rows):
     # padding between the shared part and the rest would stand in its window
-    config = MistralConfig(
-        vocab_size=len(base.tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        sliding_window=16,
-    )
-    torch.manual_seed(0)
-    model = MistralForCausalLM(config).eval()
+    model = small_model("mistral", len(base.tokenizer), sliding_window=16)
     prompts = [encode_prompt(base.tokenizer, task, text, 64) for text in rows(12)["input"]]
     assert read_prefix(model, prompts).length == 0
     assert read_prefix(base.model, prompts).length > 0
