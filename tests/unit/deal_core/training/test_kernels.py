@@ -37,7 +37,7 @@ NEXT = replace(TASK, name="tones", instruction="Which tone is meant?")
 """Learned after TASK, whose instruction the parent then answers."""
 
 
-@pytest.fixture(params=["deal", *at_night("seq_lora", "replay")])
+@pytest.fixture(params=["deal", *at_night("seq_lora")])
 def strategy(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

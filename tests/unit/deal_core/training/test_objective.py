@@ -91,7 +91,7 @@ def test_the_parent_is_the_reference(train, parent, has_parent):
     assert found.losses[1] < found.losses[0]
 
 
-@pytest.mark.parametrize("strategy", ["deal", *at_night("seq_lora", "replay")])
+@pytest.mark.parametrize("strategy", ["deal", *at_night("seq_lora")])
 def test_preferences_are_learned_and_judged(base, train, parent, strategy):
     found = train(strategy, parent, rows=pairs(8), task=TONE, train=replace(SHORT, max_steps=16))
     assert found.losses[-1] < 0.5 * math.log(2)

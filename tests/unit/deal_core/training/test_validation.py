@@ -71,7 +71,7 @@ def test_the_best_step_is_kept_and_the_training_ends_early(
     assert same_weights(plain.folder, found.folder), "the adapter is that of the best step"
 
 
-@pytest.mark.parametrize("strategy", ["deal", *at_night("seq_lora", "replay")])
+@pytest.mark.parametrize("strategy", ["deal", *at_night("seq_lora")])
 @pytest.mark.parametrize("at_best", [1, *at_night(-2, 6)])
 def test_a_killed_training_chooses_the_step_that_it_would_have_chosen(
     strategy: str, at_best: int, train: Train, parent: Path, noise: Dataset, killed_and_resumed: Train
