@@ -190,17 +190,21 @@ def test_the_base_is_bare_and_unchanged_after_training(base, train):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_what_is_written_is_a_plain_peft_folder(base, train):
-    run = train("deal")
-    assert sorted(p.name for p in run.folder.iterdir()) == [
+def test_what_is_written_is_a_plain_peft_folder_with_the_same_bytes_in_every_process(base, trained_once):
+    folder = trained_once("deal", is_first=True).folder
+    assert sorted(p.name for p in folder.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
         "method.json",
         "method.safetensors",
     ]
-    config = json.loads((run.folder / "adapter_config.json").read_text())
+    text = (folder / "adapter_config.json").read_text()
+    config = json.loads(text)
     assert config["base_model_name_or_path"] == base.name
-    method, num_bytes = json.loads((run.folder / "method.json").read_text()), load_method_state(run.folder).num_bytes
+    # PEFT keeps module names in a set, whose order changes from process to process
+    assert config["target_modules"] == sorted(config["target_modules"]) and len(config["target_modules"]) == 2
+    assert text == json.dumps(config, indent=2, sort_keys=True) + "\n"
+    method, num_bytes = json.loads((folder / "method.json").read_text()), load_method_state(folder).num_bytes
     assert method == {
         "schema_version": 1,
         "strategy": "deal",
@@ -211,18 +215,8 @@ def test_what_is_written_is_a_plain_peft_folder(base, train):
     assert 0 < num_bytes < 2000, "six rows, as tokens"
 
 
-def test_the_same_adapter_has_the_same_bytes_in_every_process(train):
-    # PEFT keeps module names in a set, whose order changes from process to process
-    config = (train("seq_lora").folder / "adapter_config.json").read_text()
-    values = json.loads(config)
-    assert values["target_modules"] == sorted(values["target_modules"]) and len(values["target_modules"]) == 2
-    assert config == json.dumps(values, indent=2, sort_keys=True) + "\n"
-
-
-def test_adapter_of_another_shape_is_refused(base, train, tmp_path):
-    run = train("deal")
-    broken = tmp_path / "broken"
-    shutil.copytree(run.folder, broken)
+def test_adapter_of_another_shape_is_refused(base, parent, tmp_path):
+    broken = shutil.copytree(parent, tmp_path / "broken")
     config = json.loads((broken / "adapter_config.json").read_text())
     (broken / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["k_proj"]}))
     with pytest.raises(AdapterStateError, match="8 are unexpected"):
@@ -246,11 +240,10 @@ def test_adapter_of_another_shape_is_refused(base, train, tmp_path):
         load_adapter(base.model, tmp_path)
 
 
-def test_a_method_state_of_another_release_is_refused(train):
-    folder = train("deal").folder
-    (folder / "method.json").write_text(json.dumps({"schema_version": 99}))
+def test_a_method_state_of_another_release_is_refused(parent):
+    (parent / "method.json").write_text(json.dumps({"schema_version": 99}))
     with pytest.raises(AdapterStateError, match="schema version 99"):
-        load_method_state(folder)
+        load_method_state(parent)
 
 
 def test_no_rows_and_wrong_modules_are_refused(train, rows):
