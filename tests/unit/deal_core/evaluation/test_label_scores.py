@@ -50,17 +50,15 @@ def test_a_decoder_gives_the_log_probabilities_of_single_rows(max_batch_tokens, 
     assert (num_batches > 1) == (max_batch_tokens == 64)
 
 
+@pytest.mark.parametrize("kind", ["positions that count padding", "a sliding window"])
 @torch.no_grad()
-def test_positions_that_count_padding_give_them_too(base):
+def test_models_that_read_no_shared_prefix_give_them_too(kind, base):
+    vocab_size = base.model.config.vocab_size
     torch.manual_seed(0)
-    model = MptForCausalLM(MptConfig(vocab_size=base.model.config.vocab_size, d_model=32, n_heads=2, n_layers=2)).eval()
-    found = label_log_probs(model, base.tokenizer, TASK, TEXTS, max_prompt_tokens=64)
-    torch.testing.assert_close(found, one_by_one(model, base.tokenizer, TASK, is_seq2seq=False), atol=1e-3, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_a_sliding_window_gives_them_too(base):
-    model = small_model("mistral", base.model.config.vocab_size, sliding_window=12)
+    if kind == "a sliding window":
+        model = small_model("mistral", vocab_size, sliding_window=12)
+    else:
+        model = MptForCausalLM(MptConfig(vocab_size=vocab_size, d_model=32, n_heads=2, n_layers=2)).eval()
     found = label_log_probs(model, base.tokenizer, TASK, TEXTS, max_prompt_tokens=64)
     torch.testing.assert_close(found, one_by_one(model, base.tokenizer, TASK, is_seq2seq=False), atol=1e-3, rtol=1e-4)
 
