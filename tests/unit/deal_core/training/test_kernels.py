@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from deal_core.adapter.state import attach_adapter
@@ -29,7 +30,7 @@ from deal_core.data.collate import (
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.training import kernels, trainer
-from deal_core.training.kernels import set_attention
+from deal_core.training.kernels import compiled_layers, set_attention
 from tests.unit.deal_core.conftest import TASK, TONE, Train, assert_close_weights, at_night, pairs
 
 STEPS = TrainConfig(max_steps=4, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=2)
@@ -138,9 +139,11 @@ def test_compiled_layers_train_the_same_compile_once_and_are_gone_afterwards(
     assert all(module._compiled_call_impl is None for module in base.model.modules())
 
 
-def test_recomputed_layers_are_not_compiled() -> None:
+def test_layers_that_are_recomputed_or_unknown_are_not_compiled() -> None:
     with pytest.raises(ConfigError, match=r"compiles nothing of a layer that train.gradient_checkpointing recomputes"):
         TrainConfig(torch_compile=True, gradient_checkpointing=True)
+    with pytest.raises(ConfigError, match="does not know the layers of Linear"), compiled_layers(nn.Linear(1, 1)):
+        pytest.fail("nothing was compiled")
 
 
 @pytest.mark.parametrize(
