@@ -46,6 +46,11 @@ def write_rows(path: Path, rows: Iterable[Any]) -> Path:
     return path
 
 
+def chat(*contents: str) -> list[dict[str, Any]]:
+    """A chat whose first message is the user's."""
+    return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(contents)]
+
+
 @dataclass(frozen=True)
 class Built:
     """A dataset, or what is left of one that was refused."""

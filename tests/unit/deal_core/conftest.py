@@ -16,6 +16,7 @@ import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
 from safetensors.torch import load_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.base_model.load import BaseModel, load_base
@@ -31,7 +32,10 @@ WORDS = {"red": "rose fire blood", "green": "grass leaf moss", "blue": "sea sky 
 SHORT = TrainConfig(
     max_steps=4, batch_size=4, learning_rate=5e-3, schedule="constant", balance_labels=False, max_prompt_tokens=64
 )
+SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 PARTS = ("deal", "rehearsal", "selection", "strategy_options")
+TONE = TaskSchema(name="tone", format="completion", instruction="Answer.", metric="preference", learns_preferences=True)
+"""A task that learns preferences; `pairs` makes its rows."""
 
 
 def at_night(*cases: Any) -> list[Any]:
@@ -51,6 +55,20 @@ def make_rows(num_rows: int, first: int = 0) -> Dataset:
         word = WORDS[label].split()[(i // 3) % 3]
         rows.append({"input": f"message {i} about {word} " + "and more " * (i % 5), "output": label})
     return Dataset.from_list(rows)
+
+
+def pairs(num_rows: int) -> Dataset:
+    """Pairs of answers that differ in length and have the number of their pair as third word."""
+    return Dataset.from_list(
+        [
+            {
+                "input": f"tap {i} drips " + "and more " * (i % 4),
+                "output": f"red rose {i} " + "sea " * (i % 3),
+                "rejected": f"blue moss {i}" + " sky" * (i % 5),
+            }
+            for i in range(num_rows)
+        ]
+    )
 
 
 @pytest.fixture
@@ -75,6 +93,16 @@ def task() -> TaskSchema:
 @pytest.fixture
 def rows() -> Callable[..., Dataset]:
     return make_rows
+
+
+def small_model(model_type: str, vocab_size: int = 64, **changes: Any) -> PreTrainedModel:
+    """A model of two layers with random weights, of one of transformers' types."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 256}
+    heads, ids = {"num_attention_heads": 4, "num_key_value_heads": 2}, dict(zip(SPECIAL_IDS, range(3), strict=True))
+    config = CONFIG_MAPPING[model_type](vocab_size=vocab_size, **sizes, **heads, **ids, **changes)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    return model
 
 
 @pytest.fixture(scope="session")
@@ -120,6 +148,20 @@ def train_into(folder: Path, base: BaseModel, strategy: str, parent: Path | None
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """The adapter's weights in a folder, by name."""
     return dict(load_file(folder / WEIGHTS_FILE))
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two adapters are equal, bit for bit."""
+    first, second = weights(one), weights(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def assert_close_weights(one: Path, other: Path, *, rtol: float, atol: float) -> None:
+    """Two adapters are equal within rounding."""
+    expected, found = weights(one), weights(other)
+    assert expected.keys() == found.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=rtol, atol=atol)
 
 
 Train = Callable[..., Run]

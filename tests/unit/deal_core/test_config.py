@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, fields, replace
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -50,6 +49,8 @@ VALUES = [
     for each in fields(cls)
     if f"{section}.{each.name}" != "adapter.target_modules"
 ] + [("adapter", "target_modules", ("q",))]
+NUMBERS = [value for value in VALUES if type(value[2]) in (int, float)]
+SCHEMA = AdaptSpec.model_json_schema()["$defs"]
 
 
 @pytest.mark.parametrize(("section", "name", "good"), VALUES, ids=lambda value: str(value)[:30])
@@ -65,11 +66,9 @@ def test_a_value_of_another_type_or_without_end_is_refused(section: str, name: s
         assert len(str(caught.value)) < 400
 
 
-@pytest.mark.parametrize(("section", "name", "good"), VALUES, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(("section", "name", "good"), NUMBERS, ids=lambda value: str(value)[:30])
 def test_a_number_has_a_limit_that_its_schema_shows(section: str, name: str, good: Any) -> None:
-    if type(good) not in (int, float):
-        return
-    schema = AdaptSpec.model_json_schema()["$defs"][SECTIONS[section].__name__]["properties"][name]
+    schema = SCHEMA[SECTIONS[section].__name__]["properties"][name]
     shown = next(each for each in (schema, *schema.get("anyOf", ())) if each.get("type") in ("integer", "number"))
     if shown["type"] == "integer":
         assert {"minimum", "maximum"} <= shown.keys()
@@ -82,35 +81,6 @@ def test_a_number_has_a_limit_that_its_schema_shows(section: str, name: str, goo
                 SECTIONS[section](**{name: type(good)(shown[bound] + outside)})
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: AdapterConfig(rank=1), "adapter.rank is 1; give at least 2."),
-        (lambda: TrainConfig(learning_rate=math.inf), "train.learning_rate is inf; give a finite number."),
-        (lambda: GateConfig(confidence=1), "gate.confidence is 1; give less than 1."),
-        (lambda: DealConfig(core="hot"), "deal.core is 'hot'; give 'frozen', 'soft' or 'free'."),  # type: ignore[arg-type]
-        (lambda: DealConfig(energy=-1.0), "deal.energy is -1.0; give more than 0."),
-        (lambda: replace(TrainConfig(), batch_size=0), "train.batch_size is 0; give at least 1."),
-    ],
-)
-def test_a_refusal_names_the_field_the_value_and_the_limit(make: Any, message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        make()
-    assert str(caught.value) == message
-
-
-def test_every_field_that_does_not_fit_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"train\.num_epochs is 0.* train\.batch_size is '8'"):
-        TrainConfig(num_epochs=0, batch_size="8")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("seed", [-1, MAX_SEED + 1])
-def test_a_seed_that_numpy_does_not_take_is_refused(seed: int) -> None:
-    with pytest.raises(ConfigError, match=f"is {seed}; give at"):
-        TrainConfig(seed=seed)
-    assert TrainConfig(seed=MAX_SEED).seed == MAX_SEED
-
-
 def test_the_largest_seed_orders_rows() -> None:
     sampler = BucketSampler([3] * 9, 2, MAX_SEED)
     sampler.set_epoch(1000)
@@ -121,9 +91,3 @@ def test_the_largest_seed_orders_rows() -> None:
 def test_a_schema_version_is_a_whole_number(value: Any) -> None:
     with pytest.raises(ConfigError, match="schema_version"):
         parse(AdaptSpec, {"task": TASK, "schema_version": value}, "a")
-
-
-def test_settings_come_back_from_json() -> None:
-    spec = parse(AdaptSpec, {"task": TASK, "deal": {"lambda1": 2, "energy": 1}}, "a")
-    assert json.loads(json.dumps(asdict(spec.deal))) == spec.model_dump(mode="json")["deal"]
-    assert spec.deal == DealConfig(lambda1=2.0, energy=1.0) and hash(spec.deal) == hash(replace(spec.deal))

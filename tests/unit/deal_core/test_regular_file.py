@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import os
 import signal
 import socket
@@ -16,7 +15,7 @@ import pytest
 from deal_core.data.reading.lines import open_bytes, sha256_of_input
 from deal_core.data.reading.readers import read_head
 from deal_core.errors import DataValidationError
-from deal_core.regular_file import IrregularFileError, complete_file, open_regular, read_start, sha256_of_file
+from deal_core.regular_file import IrregularFileError, complete_file, open_regular, read_start
 
 
 @pytest.fixture(autouse=True)
@@ -76,12 +75,6 @@ def test_packed_files_leave_none_open(tmp_path: Path) -> None:
     with open_bytes(path) as file:
         assert file.read() == b"text,label\n"
     assert len(os.listdir("/proc/self/fd")) == before
-
-
-def test_the_digest_of_a_file_is_the_digest_of_its_bytes(tmp_path: Path) -> None:
-    content = os.urandom(3 * (1 << 20) + 17)
-    (tmp_path / "file").write_bytes(content)
-    assert sha256_of_file(tmp_path / "file") == hashlib.sha256(content).hexdigest()
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,9 +72,9 @@ def test_attention_with_a_position_bias_is_left_alone(base):
 
 def test_queries_and_values_of_all_attentions_carry_the_adapter(base, train):
     assert base.kind == "seq2seq"
-    names = {name.split(".lora_")[0].rsplit(".", 1)[1] for name in weights(train("deal", train=STEPS).folder)}
-    assert names == {"q", "v"}
-    assert len(weights(train("deal", train=STEPS).folder)) == 2 * 2 * 6  # A and B, q and v, six attentions
+    found = weights(train("deal", train=STEPS).folder)
+    assert {name.split(".lora_")[0].rsplit(".", 1)[1] for name in found} == {"q", "v"}
+    assert len(found) == 2 * 2 * 6  # A and B, q and v, six attentions
 
 
 def test_deal_differs_from_plain_lora_and_resumes(base, parent, train, killed_and_resumed):

@@ -75,11 +75,6 @@ def test_what_has_no_one_meaning_is_refused(text: str, message: str) -> None:
     assert len(str(caught.value)) < 500 and "\x1b" not in str(caught.value)
 
 
-def test_a_device_that_never_ends_is_no_spec() -> None:
-    with pytest.raises(ConfigError, match=r"/dev/zero cannot be read: it is a device"):
-        read_yaml(Path("/dev/zero"))
-
-
 def test_a_large_file_is_not_read_to_its_end(tmp_path: Path) -> None:
     path = tmp_path / "large.yaml"
     with path.open("wb") as file:

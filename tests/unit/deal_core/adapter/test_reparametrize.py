@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deal_core.adapter import factor
-from deal_core.adapter.factor import TINY, SpectralFactor, log_heat
+from deal_core.adapter.factor import TINY, SpectralFactor
 from deal_core.adapter.reparametrize import Reparametrization
 from deal_core.adapter.stack import LoraStack, decompose
 from deal_core.method_config import DealConfig
@@ -100,13 +100,6 @@ def step(network: Reparametrization, stack: LoraStack, num_steps: int, lr: float
         network.pull_back()
         optimizer.step()
         network.materialise()
-
-
-def test_core_is_what_holds_the_energy():
-    network, _ = network_of(DealConfig(energy=0.95))
-    assert network.num_core_slots == {"m0": 2, "m1": 2, "m2": 2}
-    network, _ = network_of(DealConfig(energy=0.995))
-    assert set(network.num_core_slots.values()) == {3}
 
 
 def test_free_share_cuts_the_core_and_says_so():
@@ -208,13 +201,6 @@ def test_state_restores_constants_and_parameters_bit_for_bit():
         assert torch.equal(restored, wanted)
 
 
-def test_the_kernel_follows_its_formula():
-    # s, c, σ → φ: at the centre, half a width away, beyond the end
-    for s, c, width, expected in ((1.0, 1.0, 1.0, 1.0), (0.5, 1.0, 1.0, 0.8824969), (0.0, 1.0, 0.5, 0.1353353)):
-        log = log_heat(torch.tensor(s), torch.tensor(c), torch.tensor(width))
-        assert float(log.exp()) == pytest.approx(expected, abs=1e-5)
-
-
 def perturbed(network: Reparametrization) -> Reparametrization:
     """Change every parameter of a network."""
     generator = torch.Generator().manual_seed(7)
@@ -240,19 +226,6 @@ def test_output_follows_its_equations():
     retained = side.start_MNR[0] * torch.where(torch.arange(RANK) < 2, gain, 1.0)
     expected = retained + retained @ side.update.mixing_MRR[0] + side.update.offset_MNR[0]
     torch.testing.assert_close(stack.targets()[1][0], expected, rtol=1e-4, atol=1e-5)
-
-
-def test_penalty_follows_its_equation():
-    config = deal_with(lambda1=0.3, lambda2=0.7, a=3.0, b=2.5, tolerance=0.5)
-    network = perturbed(network_of(config)[0])
-    expected = 0.0
-    for side in network.sides[0]:
-        for m in range(MODULES):
-            moved, start = output_of(side)[m][:, :2], side.start_MNR[m][:, :2]
-            expected += 0.3 * (((moved - start).norm(dim=0) / (0.5 * start.norm(dim=0))) ** 3).mean()
-            free = torch.cat([torch.zeros(len(start), 2), side.update.offset_MNR[m][:, 2:]], 1)
-            expected += 0.7 * (free.abs() ** 2.5).mean() + 0.7 * (side.update.mixing_MRR[m].abs() ** 2.5).mean()
-    torch.testing.assert_close(penalty_of(network), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_seeds_are_those_of_a_new_lora():

@@ -8,30 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from deal_core.adapter.state import attach_adapter
 from deal_core.base_model.load import BaseModel
 from deal_core.config import AdapterConfig
 from deal_core.errors import ConfigError
-from tests.unit.deal_core.conftest import train_into, weights
-
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-}
-IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-
-
-def small(model_type: str, vocab_size: int = 64) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = CONFIG_MAPPING[model_type](vocab_size=vocab_size, **SMALL, **IDS)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
-    return model
+from tests.unit.deal_core.conftest import small_model, train_into, weights
 
 
 @pytest.mark.parametrize(
@@ -44,13 +26,13 @@ def small(model_type: str, vocab_size: int = 64) -> PreTrainedModel:
     ],
 )
 def test_layers_are_the_types_own_or_those_of_peft_or_all_linear_ones(model_type: str, wanted: set[str]) -> None:
-    model = attach_adapter(small(model_type), AdapterConfig(rank=4), seed=0)
+    model = attach_adapter(small_model(model_type), AdapterConfig(rank=4), seed=0)
     found = [name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     assert {*found} == wanted and len(found) == 2 * len(wanted), "in both layers"
 
 
 def test_a_phi3_is_learned(base: BaseModel, tmp_path: Path) -> None:
-    phi3 = replace(base, model=small("phi3", base.model.config.vocab_size))
+    phi3 = replace(base, model=small_model("phi3", base.model.config.vocab_size))
     first = train_into(tmp_path / "first", phi3, "deal")
     second = train_into(tmp_path / "second", phi3, "deal", first.folder)
     one, other = weights(first.folder), weights(second.folder)
@@ -59,7 +41,7 @@ def test_a_phi3_is_learned(base: BaseModel, tmp_path: Path) -> None:
 
 
 def test_of_a_model_that_sees_pictures_the_layers_have_to_be_named() -> None:
-    model = small("starcoder2")
+    model = small_model("starcoder2")
     model.config.get_text_config = lambda *_, **__: object()
     with pytest.raises(ConfigError) as refused:
         attach_adapter(model, AdapterConfig(rank=4), seed=0)

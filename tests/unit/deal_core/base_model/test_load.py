@@ -14,11 +14,9 @@ from transformers import AutoTokenizer
 
 from deal_core.base_model.device import bf16_instructions
 from deal_core.base_model.load import choose_dtype, load_base
-from deal_core.base_model.sources import DEFAULT_BASE, resolve_base, sha256_of_model
+from deal_core.base_model.sources import resolve_base, sha256_of_model
 from deal_core.errors import ConfigError, IntegrityError
 from tests.unit.deal_core.tiny_gguf import write_gguf
-
-KINDS = ("Hub id", "local folder", ".gguf file", DEFAULT_BASE)
 
 
 @pytest.fixture(scope="module")
@@ -199,34 +197,10 @@ def test_code_that_comes_with_a_model_never_runs(tiny_base: Path, tmp_path: Path
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("source", ["missing/folder/model", "missing.gguf", "./missing", "a b"])
-def test_a_path_that_is_not_there_names_the_kinds_of_source(source: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as caught:
-        resolve_base(source, tmp_path)
-    assert source in str(caught.value) and all(kind in str(caught.value) for kind in KINDS)
-
-
-def test_a_file_or_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.txt").touch()
-    (tmp_path / "half").mkdir()
-    (tmp_path / "half/config.json").write_text("{}")
-    for source, message in (("model.txt", "not a .gguf file"), ("", "no config.json"), ("half", r"no \*\.safetensors")):
-        with pytest.raises(ConfigError, match=message):
-            resolve_base(str(tmp_path / source), tmp_path / "cache")
-
-
-@pytest.mark.parametrize("typo", ["smollm2-135m", "SmolLM2-135M-Instruct", "smollm2-135m-instruct-q4"])
-def test_a_typo_of_the_built_in_name_lists_it(typo: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"did you mean '{DEFAULT_BASE}'"):
-        resolve_base(typo, tmp_path)
-
-
 @pytest.mark.parametrize("source", ["somebody/some-model", "gpt2"])
 def test_a_hub_out_of_reach_gives_one_clear_error(source: str, offline_hub: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=rf"^The model '{source}' could not be fetched from the Hub.*\Z"):
         resolve_base(source, tmp_path)
-    assert f"{source!r} could not be fetched from the Hub" in str(caught.value)
-    assert all(kind in str(caught.value) for kind in KINDS) and "\n" not in str(caught.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can quantize")

@@ -131,16 +131,21 @@ def test_a_hub_id_may_name_a_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_a_base_model_that_does_not_exist_is_refused_without_fetching_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "half"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "half/config.json").write_text("{}")
     (tmp_path / "model.bin").write_bytes(b"")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     for source, said in {
-        "/no/such/model": "There is no file or folder",
-        "/" + "a" * 5000: "There is no file or folder",
-        "a\0b": "There is no file or folder",
+        **dict.fromkeys(
+            ("/no/such/model", "/" + "a" * 5000, "a\0b", "a b", "./missing", "missing/a/model"), "no file or"
+        ),
+        "missing.gguf": "no file or folder 'missing.gguf'.*local folder",
         str(tmp_path / "empty"): r"has no config\.json",
+        str(tmp_path / "half"): r"no \*\.safetensors",
         str(tmp_path / "model.bin"): r"is a file, but not a \.gguf file",
-        "smollm2-135m": "did you mean",
+        "smollm2-135m": f"did you mean '{sources.DEFAULT_BASE}'",
+        "SmolLM2-135M-Instruct-q4": "did you mean",
     }.items():
         for check in (sources.check_base, lambda each: sources.resolve_base(each, tmp_path / "cache")):
             with pytest.raises(ConfigError, match=said):

@@ -17,7 +17,7 @@ from deal_core.data.reading.batches import RowList
 from deal_core.data.reading.readers import read_batches
 from deal_core.data.rows import Problem, RawRow, Row, row_digest, stored_input_digest
 from deal_core.data.schema import TaskSchema
-from tests.built import Built, build, write_rows
+from tests.built import Built, build, chat, write_rows
 
 CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
 NORMAL_CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
@@ -26,11 +26,6 @@ STORED_CALLING = {**CALLING, "content": "", "tool_calls": [NORMAL_CALL]}
 RESULT = {"role": "tool", "tool_call_id": "1", "content": "2"}
 TOOLS = [{"type": "function", "function": {"name": "add"}}]
 SYSTEM = {"role": "system", "content": "Be brief."}
-
-
-def chat(*contents: str) -> list[dict[str, Any]]:
-    """A chat whose first message is the user's."""
-    return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(contents)]
 
 
 WITH_TOOL = [*chat("1 + 1?"), CALLING, RESULT, *chat("", "2.")[1:]]

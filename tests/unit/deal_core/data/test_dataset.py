@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import unicodedata
 from collections import Counter
 from dataclasses import replace
@@ -364,17 +363,6 @@ def test_completions_keep_their_white_space(tmp_path: Path) -> None:
     built = build(write_rows(tmp_path / "code.jsonl", rows))
     assert built.manifest.task.format == "completion"
     assert {(row["input"][-4:], row["output"]) for row in built.rows()} == {("():\n", "    return 1\n")}
-
-
-@pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_a_chat_is_stored_as_its_earlier_messages_and_its_answer(tmp_path: Path, kind: str) -> None:
-    roles = ("system", "user", "assistant", "user", "assistant")
-    said = [("Be kind.", f"Hello {index}", "Hi!", "Bye", f"Bye {index}") for index in range(40)]
-    chats = [[{"role": role, "content": text} for role, text in zip(roles, turns, strict=True)] for turns in said]
-    rows = [{"messages": json.dumps(chat) if kind == "csv" else chat} for chat in chats]
-    built = build(write_rows(tmp_path / f"chat.{kind}", rows))
-    stored = {row["output"]: json.loads(row["input"]) for row in built.rows()}
-    assert stored == {chat[-1]["content"]: chat[:-1] for chat in chats}
 
 
 LINES = st.one_of(

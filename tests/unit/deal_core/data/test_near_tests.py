@@ -20,7 +20,7 @@ from deal_core.data.near_tests import COMMON, RUN, NearTests
 from deal_core.data.rows import stored_input_digest
 from deal_core.data.schema import TaskSchema
 from deal_core.data.source_files import files_at
-from tests.built import Built, build, check, write_rows
+from tests.built import Built, build, chat, check, write_rows
 
 WORDS = [f"{first}{second}a" for first in "bdfgklmn" for second in "aeiou"]
 TASK = TaskSchema(name="mails", labels=("late", "lost"))
@@ -185,9 +185,6 @@ def test_rows_that_nearly_equal_the_lineages_test_rows_are_left_out(tmp_path: Pa
 
 
 def test_turns_of_chats_are_left_out_too(tmp_path: Path) -> None:
-    def chat(*turns: str) -> list[dict[str, str]]:
-        return [{"role": ("user", "assistant")[place % 2], "content": turn} for place, turn in enumerate(turns)]
-
     first, second = texts(2)
     rows = [
         {"messages": chat(first, "yes"), "split": "test"},

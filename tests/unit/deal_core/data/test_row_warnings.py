@@ -22,7 +22,7 @@ from deal_core.data.row_warnings import balance_warning, data_warnings, label_wa
 from deal_core.data.rows import Row, row_digests
 from deal_core.data.schema import Contradictions, DatasetManifest, Split, TaskSchema
 from deal_core.data.source_files import files_at
-from tests.built import AUTO, build, check, write_rows
+from tests.built import AUTO, build, chat, check, write_rows
 
 WITH_TEXTS = DataConfig(max_bad_share=1.0, include_texts=True)
 EVERY_TURN = TaskSchema(name="t", format="auto", metric="auto", assistant_turns="all")
@@ -91,10 +91,6 @@ def test_labels_are_counted_as_a_dict_would_count_them(pairs: list[tuple[int, st
     assert found.num_train == sum(len(labels) for text, labels in contrary.items() if text not in on_test)
     assert len(found.examples) == min(MAX_EXAMPLES, len(contrary))
     assert all({*labels} == contrary[text] for text, *labels in found.examples)
-
-
-def chat(*turns: str) -> list[dict[str, str]]:
-    return [{"role": ("user", "assistant")[place % 2], "content": turn} for place, turn in enumerate(turns)]
 
 
 @pytest.mark.parametrize("as_chat", [False, True])

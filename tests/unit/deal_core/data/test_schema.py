@@ -39,6 +39,8 @@ def task_of(**fields: Any) -> TaskSchema:
         ({"format": "chat", "template": "{text}"}, "chat template"),
         ({"columns": {"txt": "body"}}, "task.columns names txt"),
         ({"prompt": "poem"}, "task.prompt is 'poem'"),
+        ({"metric": "bleu"}, "task.metric is 'bleu'"),
+        ({"assistant_turns": "none"}, "task.assistant_turns is 'none'"),
     ],
 )
 def test_a_task_that_cannot_work_is_refused(fields: dict[str, Any], message: str) -> None:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deal_core.base_model.load import BaseModel, load_base
-from deal_core.config import AdapterConfig, TrainConfig
+from deal_core.config import AdapterConfig
 from deal_core.data.prompts import encode_prompt
 from deal_core.errors import AdapterStateError, ConfigError
 from deal_core.evaluation import answerer as answerer_module
@@ -24,6 +24,7 @@ from deal_core.evaluation import generation
 from deal_core.evaluation.answerer import MAX_ROWS_CPU, Answerer, GivenUpError, load_answerer
 from deal_core.evaluation.answering import SERVED_FILE, InputRow, ServedVersion
 from deal_core.evaluation.generation import Confidence, GivenAnswer, answer_inputs, answer_prompts
+from tests.unit.deal_core.conftest import SHORT
 
 TEXTS = [f"message {number} about the sea {'and more ' * (number % 4)}" for number in range(MAX_ROWS_CPU)]
 WAIT_SECONDS = 60
@@ -42,15 +43,7 @@ def new_version(train: Any, served_version: ServedVersion) -> NewVersion:
     """Train an adapter that gives other answers; return the folder of its version."""
 
     def make(**changes: Any) -> Path:
-        settings = TrainConfig(
-            max_steps=12,
-            batch_size=4,
-            learning_rate=3e-2,
-            schedule="constant",
-            balance_labels=False,
-            max_prompt_tokens=64,
-            seed=5,
-        )
+        settings = replace(SHORT, max_steps=12, learning_rate=3e-2, seed=5)
         folder: Path = train("seq_lora", train=settings, **changes).folder
         (folder / SERVED_FILE).write_text(json.dumps(served_version.to_json()))
         return folder
@@ -114,22 +107,22 @@ def test_answers_are_those_of_the_task_that_a_row_names(
 class HeldModel:
     """`answer_prompts` that waits at its first call until the test lets it continue."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, answer: Callable[..., Any] = answer_prompts) -> None:
         self.batches: list[list[str]] = []
-        self.is_inside, self.may_go_on = threading.Event(), threading.Event()
+        self.is_inside, self.may_go_on, self._answer = threading.Event(), threading.Event(), answer
         monkeypatch.setattr(generation, "answer_prompts", self._generate)
 
     def _generate(self, model: Any, tokenizer: Any, task: Any, prompts: Any) -> Any:
         self.batches.append(tokenizer.batch_decode(prompts))
         self.is_inside.set()
         assert self.may_go_on.wait(WAIT_SECONDS)
-        return answer_prompts(model, tokenizer, task, prompts)
+        return self._answer(model, tokenizer, task, prompts)
 
 
 def wait_until_waiting(answerer: Answerer, number: int) -> None:
     """Wait for so many callers whose first prompts are prepared."""
     deadline = time.monotonic() + WAIT_SECONDS
-    while len(answerer._waiting) < number:
+    while len(answerer._waiting) != number:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -138,55 +131,49 @@ def test_callers_that_come_together_are_answered_in_one_batch(
     answerer: Answerer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first caller is held inside the model until all others wait; then one more pass answers them all."""
-    alone = {text: answerer.answer([InputRow(text)])[0] for text in TEXTS}
+    alone = [answerer.answer([InputRow(text)])[0] for text in TEXTS]
     held = HeldModel(monkeypatch)
-    with ThreadPoolExecutor(len(TEXTS)) as pool:
-        futures = [pool.submit(answerer.answer, [InputRow(TEXTS[0])])]
-        assert held.is_inside.wait(WAIT_SECONDS)
-        futures += [pool.submit(answerer.answer, [InputRow(text)]) for text in TEXTS[1:]]
-        wait_until_waiting(answerer, len(TEXTS))
-        held.may_go_on.set()
-        assert [future.result()[0] for future in futures] == list(alone.values())
+    asked = [answerer.submit([InputRow(TEXTS[0])])]
+    assert held.is_inside.wait(WAIT_SECONDS)
+    asked += [answerer.submit([InputRow(text)]) for text in TEXTS[1:]]
+    wait_until_waiting(answerer, len(TEXTS))
+    held.may_go_on.set()
+    assert [each.result(WAIT_SECONDS).answers[0] for each in asked] == alone
     assert [len(batch) for batch in held.batches] == [1, len(TEXTS) - 1]
-    assert len(set(alone.values())) > 1, "answers that are all the same cannot be mixed up"
+    assert len(set(alone)) > 1, "answers that are all the same cannot be mixed up"
 
 
 def test_a_caller_with_many_rows_holds_nobody_up(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches are bounded, and a caller whose rows are not all answered waits behind the others."""
     held = HeldModel(monkeypatch)
     many = [InputRow(text) for text in TEXTS * 3]
-    with ThreadPoolExecutor(2) as pool:
-        large = pool.submit(answerer.answer, many)
-        assert held.is_inside.wait(WAIT_SECONDS)
-        small = pool.submit(answerer.answer, [InputRow("a short message")])
-        wait_until_waiting(answerer, 2)
-        held.may_go_on.set()
-        assert large.result() == answerer.answer(many[: len(TEXTS)]) * 3 and len(small.result()) == 1
+    large = answerer.submit(many)
+    assert held.is_inside.wait(WAIT_SECONDS)
+    small = answerer.submit([InputRow("a short message")])
+    wait_until_waiting(answerer, 2)
+    held.may_go_on.set()
+    assert large.result(WAIT_SECONDS).answers == answerer.answer(many[: len(TEXTS)]) * 3
+    assert len(small.result(WAIT_SECONDS).answers) == 1
     assert [len(batch) for batch in held.batches[:4]] == [MAX_ROWS_CPU, MAX_ROWS_CPU, MAX_ROWS_CPU, 1]
     assert any("a short message" in prompt for prompt in held.batches[1])
 
 
 def test_one_caller_that_breaks_the_model_fails_alone(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
-    inside, may_go_on = threading.Event(), threading.Event()
-
-    def generate(model: Any, tokenizer: Any, task: Any, prompts: Any) -> Any:
-        inside.set()
-        assert may_go_on.wait(WAIT_SECONDS)
+    def answer(model: Any, tokenizer: Any, task: Any, prompts: Any) -> Any:
         texts = [prompt.split("\n")[-2] for prompt in tokenizer.batch_decode(prompts)]
         if any("poison" in text for text in texts):
             raise RuntimeError("the model broke")
         return [GivenAnswer(text.upper(), Confidence(1.0, None), False) for text in texts]
 
-    monkeypatch.setattr(generation, "answer_prompts", generate)
-    with ThreadPoolExecutor(3) as pool:
-        first = pool.submit(answerer.answer, [InputRow("first")])
-        assert inside.wait(WAIT_SECONDS)
-        good, bad = (pool.submit(answerer.answer, [InputRow(text)]) for text in ("good", "poison"))
-        wait_until_waiting(answerer, 3)
-        may_go_on.set()
-        assert (first.result(), good.result()) == (["FIRST"], ["GOOD"])
-        with pytest.raises(RuntimeError, match="the model broke"):
-            bad.result()
+    held = HeldModel(monkeypatch, answer)
+    first = answerer.submit([InputRow("first")])
+    assert held.is_inside.wait(WAIT_SECONDS)
+    good, bad = (answerer.submit([InputRow(text)]) for text in ("good", "poison"))
+    wait_until_waiting(answerer, 3)
+    held.may_go_on.set()
+    assert [each.result(WAIT_SECONDS).answers for each in (first, good)] == [["FIRST"], ["GOOD"]]
+    with pytest.raises(RuntimeError, match="the model broke"):
+        bad.result(WAIT_SECONDS)
     assert answerer.answer([InputRow("fine")]) == ["FINE"]
 
 
@@ -263,17 +250,16 @@ def test_a_swap_waits_for_no_batch_and_what_was_computed_is_answered_by_the_new_
     folder = new_version()
     wanted = answers_alone(folder, tmp_path)
     held = HeldModel(monkeypatch)
-    with ThreadPoolExecutor(3) as pool:
-        asking = [pool.submit(answerer.ask, [InputRow(text) for text in TEXTS])]
-        assert held.is_inside.wait(WAIT_SECONDS)
-        asking.append(pool.submit(answerer.ask, [InputRow(TEXTS[0])]))
-        wait_until_waiting(answerer, 2)
+    asking = [answerer.submit([InputRow(text) for text in TEXTS])]
+    assert held.is_inside.wait(WAIT_SECONDS)
+    asking.append(answerer.submit([InputRow(TEXTS[0])]))
+    wait_until_waiting(answerer, 2)
+    with ThreadPoolExecutor(1) as pool:
         swapping = pool.submit(answerer.swap, folder, "2")
         while not answerer._changes:
             assert not swapping.done()
         held.may_go_on.set()
-        swapping.result(WAIT_SECONDS)
-        first, second = (each.result(WAIT_SECONDS) for each in asking)
+    first, second = (each.result(WAIT_SECONDS) for each in asking)
     assert (first.version, first.answers) == ("2", wanted)
     assert (second.version, second.answers) == ("2", wanted[:1])
 
@@ -314,10 +300,7 @@ def test_a_batch_whose_callers_have_all_gone_ends_before_the_next_layer(
                 layer.register_forward_hook(lambda *_: layers.append(1))
     assert all(result.cancel() for result in asked)
     held.may_go_on.set()
-    deadline = time.monotonic() + WAIT_SECONDS
-    while answerer._waiting:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until_waiting(answerer, 0)
     assert layers == []
     assert answerer.answer([InputRow(TEXTS[0])]), "the next caller is answered"
 
@@ -342,13 +325,12 @@ def test_a_prompt_that_takes_long_to_prepare_holds_nobody_up(
     answerer: Answerer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = HeldPrompt(monkeypatch)
-    with ThreadPoolExecutor(1) as pool:
-        long = pool.submit(answerer.answer, [InputRow("a long text")])
-        assert held.is_inside.wait(WAIT_SECONDS)
-        assert answerer.answer([InputRow(text) for text in TEXTS * 3])
-        assert not long.done()
-        held.may_go_on.set()
-        assert long.result(WAIT_SECONDS) == answerer.answer([InputRow("a long text")])
+    long = answerer.submit([InputRow("a long text")])
+    assert held.is_inside.wait(WAIT_SECONDS)
+    assert answerer.answer([InputRow(text) for text in TEXTS * 3])
+    assert not long.done()
+    held.may_go_on.set()
+    assert long.result(WAIT_SECONDS).answers == answerer.answer([InputRow("a long text")])
 
 
 @pytest.mark.parametrize("end", ["gone", "drain", "stop"])
@@ -372,12 +354,11 @@ def test_what_waits_for_the_model_is_answered_though_the_server_ends(
 ) -> None:
     held = HeldModel(monkeypatch)
     rows = [InputRow(text) for text in TEXTS * 4]
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(answerer.answer, rows)
-        assert held.is_inside.wait(WAIT_SECONDS)
-        answerer.drain()
-        held.may_go_on.set()
-        assert len(asked.result(WAIT_SECONDS)) == len(rows)
+    asked = answerer.submit(rows)
+    assert held.is_inside.wait(WAIT_SECONDS)
+    answerer.drain()
+    held.may_go_on.set()
+    assert len(asked.result(WAIT_SECONDS).answers) == len(rows)
     with pytest.raises(GivenUpError):
         answerer.answer(rows)
 
@@ -385,12 +366,11 @@ def test_what_waits_for_the_model_is_answered_though_the_server_ends(
 def test_prompts_are_prepared_for_the_next_batches_only(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A request of a million rows does not fill the memory with prompts."""
     prompts, model = HeldPrompt(monkeypatch), HeldModel(monkeypatch)
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(answerer.answer, [InputRow(text) for text in TEXTS * 9])
-        assert model.is_inside.wait(WAIT_SECONDS)
-        assert prompts.num_prepared <= 3 * MAX_ROWS_CPU
-        model.may_go_on.set()
-        assert asked.result(WAIT_SECONDS) == answerer.answer([InputRow(text) for text in TEXTS]) * 9
+    asked = answerer.submit([InputRow(text) for text in TEXTS * 9])
+    assert model.is_inside.wait(WAIT_SECONDS)
+    assert prompts.num_prepared <= 3 * MAX_ROWS_CPU
+    model.may_go_on.set()
+    assert asked.result(WAIT_SECONDS).answers == answerer.answer([InputRow(text) for text in TEXTS]) * 9
     assert all(len(batch) == MAX_ROWS_CPU for batch in model.batches)
 
 
@@ -404,13 +384,12 @@ def test_a_version_that_takes_over_while_prompts_are_prepared_asks_in_its_own_wa
     (folder / SERVED_FILE).write_text(json.dumps(replace(served_version, tasks=tasks).to_json()))
     prompts, model = HeldPrompt(monkeypatch), HeldModel(monkeypatch)
     rows = [InputRow(text) for text in (*TEXTS, "a long text", *TEXTS, *TEXTS)]
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(answerer.ask, rows)
-        assert prompts.is_inside.wait(WAIT_SECONDS)
-        answerer.swap(folder, "2")
-        prompts.may_go_on.set()
-        model.may_go_on.set()
-        found = asked.result(WAIT_SECONDS)
+    asked = answerer.submit(rows)
+    assert prompts.is_inside.wait(WAIT_SECONDS)
+    answerer.swap(folder, "2")
+    prompts.may_go_on.set()
+    model.may_go_on.set()
+    found = asked.result(WAIT_SECONDS)
     assert (found.version, len(found.answers)) == ("2", len(rows))
     assert all("Another question" in prompt for batch in model.batches for prompt in batch)
     assert found.answers == answerer.answer(rows)
@@ -453,14 +432,13 @@ def test_rows_in_the_background_give_way_to_all_others(
     wanted = answers_alone(folder, tmp_path)
     answerer.add_candidate(folder, "2")
     held = HeldModel(monkeypatch)
-    with ThreadPoolExecutor(3) as pool:
-        copy = answerer.submit([InputRow(text) for text in TEXTS], by_candidate=True, in_background=True)
-        assert held.is_inside.wait(WAIT_SECONDS)
-        asked = pool.submit(answerer.ask, [InputRow(TEXTS[0])])
-        wait_until_waiting(answerer, 2)
-        held.may_go_on.set()
-        assert asked.result(WAIT_SECONDS).version == "1"
-        assert (copy.result(WAIT_SECONDS).answers, copy.result().version) == (wanted, "2")
+    copy = answerer.submit([InputRow(text) for text in TEXTS], by_candidate=True, in_background=True)
+    assert held.is_inside.wait(WAIT_SECONDS)
+    asked = answerer.submit([InputRow(TEXTS[0])])
+    wait_until_waiting(answerer, 2)
+    held.may_go_on.set()
+    assert asked.result(WAIT_SECONDS).version == "1"
+    assert (copy.result(WAIT_SECONDS).answers, copy.result().version) == (wanted, "2")
     assert [len(batch) for batch in held.batches] == [len(TEXTS), 1, len(TEXTS)], "it was interrupted, and began again"
 
 

@@ -121,19 +121,13 @@ def paired(num_rows: int = 100, *, lost: int = 0, gained: int = 0, task: str = "
     )
 
 
-def test_a_drop_that_noise_explains_is_told_and_fails_no_check() -> None:
+def test_a_drop_that_noise_explains_is_told_and_the_same_drop_on_more_rows_fails_a_check() -> None:
     decision = decide(paired(20, lost=6, gained=3), GateConfig())
     assert decision.accepted
     assert any("within the noise of 20 test rows" in note and "15.0 points" in note for note in decision.notes)
-
-
-def test_the_same_drop_on_more_rows_fails_a_check() -> None:
+    assert not decide(paired(20, lost=6, gained=3), GateConfig(confidence=0.5)).accepted, "less noise is believed"
     (check,) = decide(paired(400, lost=120, gained=60), GateConfig()).failed_checks
     assert (check.kind, check.task, round(check.value or 0, 6), check.limit) == ("drop", "old", 15.0, 10.0)
-
-
-def test_confidence_decides_how_much_noise_is_believed() -> None:
-    assert not decide(paired(20, lost=6, gained=3), GateConfig(confidence=0.5)).accepted
 
 
 def test_too_few_rows_to_judge_are_said() -> None:
@@ -273,14 +267,19 @@ def test_losses_that_pass_one_by_one_spend_the_budget_together() -> None:
     assert (check.kind, check.task, check.value, check.limit) == ("total_drop", "old", 8.1, 8)
 
 
-def test_a_total_loss_that_noise_explains_does_not_spend_the_budget() -> None:
-    assert decide(with_debt(10, PairedDrop.of_hits(20, 3, 1)), BUDGET).accepted
-    assert not decide(with_debt(10, PairedDrop.of_hits(200, 25, 5)), BUDGET).accepted
-
-
-def test_a_version_that_adds_nothing_to_a_debt_is_not_to_blame_for_it() -> None:
-    assert decide(with_debt(20, now=0.8), BUDGET).accepted
-    assert not decide(with_debt(20, now=0.79), BUDGET).accepted
+@pytest.mark.parametrize(
+    ("report", "accepted"),
+    [
+        (with_debt(10, PairedDrop.of_hits(20, 3, 1)), True),  # noise explains it
+        (with_debt(10, PairedDrop.of_hits(200, 25, 5)), False),
+        (with_debt(20, now=0.8), True),  # the version adds nothing to the debt
+        (with_debt(20, now=0.79), False),
+    ],
+)
+def test_a_budget_is_spent_by_losses_that_are_no_noise_and_of_the_version_itself(
+    report: EvaluationReport, accepted: bool
+) -> None:
+    assert decide(report, BUDGET).accepted is accepted
 
 
 def test_a_consolidation_has_no_task_of_its_own_to_be_judged_by() -> None:

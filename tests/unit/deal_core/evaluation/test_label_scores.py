@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax
-from transformers import MistralConfig, MistralForCausalLM, MptConfig, MptForCausalLM
+from transformers import MptConfig, MptForCausalLM
 
 from benchmarks.method.protocol import constrained_accuracy, ranking_auc
 from deal_core.adapter.state import adapter_on
@@ -16,6 +16,7 @@ from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation import batches
 from deal_core.evaluation.label_scores import PRIOR_ROWS, label_log_probs, label_offsets, offsets, recentred_accuracy
+from tests.unit.deal_core.conftest import small_model
 
 TASK = TaskSchema(name="shades", labels=("red", "dark green", "a very light blue"), instruction="Which shade is it?")
 TEXTS = ["rose", "grass and moss in the rain", "sky", "the sea on a day without wind", "ice"]
@@ -49,28 +50,15 @@ def test_a_decoder_gives_the_log_probabilities_of_single_rows(max_batch_tokens, 
     assert (num_batches > 1) == (max_batch_tokens == 64)
 
 
+@pytest.mark.parametrize("kind", ["positions that count padding", "a sliding window"])
 @torch.no_grad()
-def test_positions_that_count_padding_give_them_too(base):
+def test_models_that_read_no_shared_prefix_give_them_too(kind, base):
+    vocab_size = base.model.config.vocab_size
     torch.manual_seed(0)
-    model = MptForCausalLM(MptConfig(vocab_size=base.model.config.vocab_size, d_model=32, n_heads=2, n_layers=2)).eval()
-    found = label_log_probs(model, base.tokenizer, TASK, TEXTS, max_prompt_tokens=64)
-    torch.testing.assert_close(found, one_by_one(model, base.tokenizer, TASK, is_seq2seq=False), atol=1e-3, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_a_sliding_window_gives_them_too(base):
-    torch.manual_seed(0)
-    model = MistralForCausalLM(
-        MistralConfig(
-            vocab_size=base.model.config.vocab_size,
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            sliding_window=12,
-        )
-    )
+    if kind == "a sliding window":
+        model = small_model("mistral", vocab_size, sliding_window=12)
+    else:
+        model = MptForCausalLM(MptConfig(vocab_size=vocab_size, d_model=32, n_heads=2, n_layers=2)).eval()
     found = label_log_probs(model, base.tokenizer, TASK, TEXTS, max_prompt_tokens=64)
     torch.testing.assert_close(found, one_by_one(model, base.tokenizer, TASK, is_seq2seq=False), atol=1e-3, rtol=1e-4)
 

@@ -19,7 +19,6 @@ from deal_core.adapter.reparametrize import Reparametrization
 from deal_core.adapter.stack import LoraStack
 from deal_core.adapter.state import attach_adapter
 from deal_core.base_model import cpu_attention as attention
-from deal_core.base_model.device import parse_bytes
 from deal_core.base_model.load import find_config
 from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.config import AdapterConfig, TrainConfig
@@ -56,6 +55,7 @@ LLAMA = LlamaConfig(
     tie_word_embeddings=False,
 )
 ADAPTER = AdapterConfig(rank=8)
+FIRST = MethodShape(rank=8, strategy="deal", method=MethodConfig(), is_first_task=True)
 BATCH = BatchShape(num_rows=3, num_tokens=24, num_answer_tokens=5)
 
 
@@ -137,17 +137,8 @@ def test_the_method_keeps_as_many_bytes_as_are_planned(changes: dict[str, str]) 
 
 
 def planned(size: ModelSize, **changes: object):  # type: ignore[no-untyped-def]
-    given = {
-        "rank": 8,
-        "strategy": "deal",
-        "method": MethodConfig(),
-        "train": TrainConfig(),
-        "is_first_task": True,
-        "precision": "fp32",
-        "on_cpu": True,
-        **changes,
-    }
-    shape = MethodShape(**{name: given.pop(name) for name in ("rank", "strategy", "method", "is_first_task")})  # type: ignore[arg-type]
+    shape = replace(FIRST, **{name: changes.pop(name) for name in ("method", "is_first_task") if name in changes})  # type: ignore[arg-type]
+    given = {"train": TrainConfig(), "precision": "fp32", "on_cpu": True, **changes}
     return plan_memory(size, measure_activations(LLAMA, ADAPTER, BATCH, "fp32", on_cpu=True), BATCH, shape, **given)  # type: ignore[arg-type]
 
 
@@ -268,7 +259,7 @@ def test_remedies_say_what_fits_and_keep_the_rows_of_a_step() -> None:
             size,
             kept,
             replace(BATCH, num_rows=train.batch_size),
-            MethodShape(rank=8, strategy="deal", method=MethodConfig(), is_first_task=True),
+            FIRST,
             train=train,
             precision=precision,
             on_cpu=True,
@@ -319,23 +310,12 @@ def test_a_config_is_found_without_weights(tmp_path: Path, offline_hub: Path) ->
         find_config("./nowhere/model", tmp_path)
 
 
-def test_sizes_of_memory_are_read() -> None:
-    assert parse_bytes("24GiB") == 24 * 2**30 and parse_bytes("80 GB") == 80 * 10**9
-    assert parse_bytes("1.5gib") == 3 * 2**29
-    for wrong in ("", "GiB", "24 apples", "0GiB", "-3GB", "1,5GB", "24GiB!", "80gbit"):
-        with pytest.raises(ConfigError, match="24GiB"):
-            parse_bytes(wrong)
-
-
 def test_rows_without_padding_are_scored_against_each_other() -> None:
-    size, shape = (
-        measure_model(LLAMA, ADAPTER),
-        MethodShape(rank=8, strategy="deal", method=MethodConfig(), is_first_task=True),
-    )
+    size = measure_model(LLAMA, ADAPTER)
     short = BatchShape(num_rows=8, num_tokens=64, num_answer_tokens=1)
 
     def workspace(train: TrainConfig) -> int:
-        return plan_memory(size, NO_ACTIVATIONS, short, shape, train=train, precision="fp32", on_cpu=True).workspace
+        return plan_memory(size, NO_ACTIVATIONS, short, FIRST, train=train, precision="fp32", on_cpu=True).workspace
 
     padded, in_one_line = workspace(TrainConfig()), workspace(TrainConfig(padding_free=True))
     assert in_one_line == SCORE_BYTES * size.num_heads * (8 * 64) ** 2 > padded

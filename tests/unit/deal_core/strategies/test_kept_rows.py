@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from scipy.special import softmax
 
@@ -37,40 +36,22 @@ from deal_core.strategies.kept_rows import pack, rows_name, sizes_of, unpack
 from deal_core.strategies.old_tasks import labelled_rows, with_targets
 from deal_core.strategies.rehearsal import Rehearsal, RehearsedRow
 from deal_core.strategies.strategy import KeptSize
-from tests.unit.deal_core.conftest import at_night
-from tests.unit.deal_core.strategies.conftest import EIGHT_STEPS
+from tests.unit.deal_core.conftest import TONE, at_night, pairs
+from tests.unit.deal_core.strategies.conftest import (
+    EIGHT_STEPS,
+    SIZES,
+    STORY,
+    encoded,
+    encoded_prompts,
+    labelled,
+    prompts_of,
+)
 
 ONE_STEP = TrainConfig(max_steps=1, batch_size=4, max_prompt_tokens=64, checkpoint_steps=0)
-SIZES = TaskSchema(
-    name="sizes", labels=("very large", "very small", "tiny indeed"), instruction="How big is it?"
-)  # two labels begin alike
-STORY = TaskSchema(name="story", format="completion", instruction="Go on.")
-TONE = TaskSchema(name="tone", format="completion", metric="preference", learns_preferences=True)
-
-
-def labelled(task: TaskSchema, num_rows: int) -> Dataset:
-    labels = task.labels or ("this and that", "so", "a red sea")
-    return Dataset.from_list(
-        [{"input": f"{task.name} number {i}", "output": labels[i % len(labels)]} for i in range(num_rows)]
-    )
-
-
-def pairs(num_rows: int) -> Dataset:
-    return Dataset.from_list(
-        [{"input": f"tap {i} drips", "output": f"red rose {i}", "rejected": f"blue moss {i}"} for i in range(num_rows)]
-    )
 
 
 def kept_by(folder: Path, task: TaskSchema) -> list[RehearsedRow]:
     return unpack(load_method_state(folder).tensors[rows_name(task.name)])
-
-
-def prompts_of(rows: Sequence[RehearsedRow]) -> set[tuple[int, ...]]:
-    return {tuple(row.prompt_ids) for row in rows}
-
-
-def encoded_prompts(base, task: TaskSchema, inputs: Sequence[str]) -> set[tuple[int, ...]]:
-    return {tuple(encode_prompt(base.tokenizer, task, text, 64)) for text in inputs}
 
 
 # --- which rows are kept
@@ -116,11 +97,18 @@ def test_sizes_are_those_of_the_longest_row():
 # --- how they travel
 
 
-@pytest.mark.parametrize("strategy", ["deal", "replay"])
-def test_rows_of_every_task_travel_from_version_to_version(base, task, rows, train, strategy):
-    first = train(strategy, train=ONE_STEP).folder
-    second = train(strategy, first, task=SIZES, rows=labelled(SIZES, 12), old_tasks=(task,), train=ONE_STEP).folder
-    third = train(strategy, second, task=STORY, rows=labelled(STORY, 8), old_tasks=(task, SIZES), train=ONE_STEP).folder
+@pytest.mark.parametrize("strategies", [("deal", "replay", "deal"), ("replay", "deal", "replay")])
+def test_rows_of_every_task_travel_from_version_to_version_whichever_strategy_is_next(
+    base, task, rows, train, strategies
+):
+    arrivals = ((task, rows(24)), (SIZES, labelled(SIZES, 12)), (STORY, labelled(STORY, 8)))
+    folders, olds = [None], []
+    for strategy, (new, new_rows) in zip(strategies, arrivals, strict=True):
+        run = train(strategy, folders[-1], task=new, rows=new_rows, old_tasks=olds, train=ONE_STEP)
+        assert not any("gone" in note for note in run.result.notes)
+        folders.append(run.folder)
+        olds.append(new)
+    _, first, second, third = folders
     assert [load_method_state(folder).stores for folder in (first, second, third)] == ["data"] * 3
     state = load_method_state(third).tensors
     assert {name: len(unpack(rows)) for name, rows in state.items()} == {
@@ -164,14 +152,6 @@ def test_rows_are_kept_only_if_they_are_asked_for(task, train):
     assert load_method_state(second.folder).tensors == {}
 
 
-@pytest.mark.parametrize(("before", "after"), [("deal", "replay"), ("replay", "deal")])
-def test_kept_rows_pass_to_another_strategy_that_keeps_rows(task, train, before, after):
-    first = train(before, train=ONE_STEP).folder
-    second = train(after, first, task=SIZES, rows=labelled(SIZES, 8), old_tasks=(task,), train=ONE_STEP)
-    assert kept_by(second.folder, task) == kept_by(first, task) and len(kept_by(second.folder, SIZES)) == 2
-    assert not any("gone" in note for note in second.result.notes)
-
-
 @pytest.mark.parametrize("strategy", ["deal", "replay"])
 def test_of_preferences_both_answers_are_kept(base, task, train, strategy):
     first = train(strategy, task=TONE, rows=pairs(16), train=ONE_STEP).folder
@@ -206,15 +186,6 @@ def targets(base, parent, make_context):
             return with_targets(rows, task, model, make_context([task]), random.Random(0), weight)
 
     return make
-
-
-def encoded(base, task: TaskSchema, rows: Dataset, column: str = "output") -> list[RehearsedRow]:
-    return [
-        RehearsedRow(
-            encode_prompt(base.tokenizer, task, row["input"], 64), encode_answer(base.tokenizer, task, row[column], 50)
-        )
-        for row in rows
-    ]
 
 
 def shares_of(row: RehearsedRow) -> list[dict[int, float]]:
@@ -321,25 +292,14 @@ def test_a_parent_that_diverged_is_named(base, parent, targets):
         targets(SIZES, encoded(base, SIZES, labelled(SIZES, 3)), 0.5)
 
 
-def test_half_of_the_target_is_the_right_answer(base, task, train, monkeypatch):
-    made = []
-    make = old_tasks.make_rehearsal
-    monkeypatch.setattr(
-        old_tasks, "make_rehearsal", lambda *given, **named: made.append(named) or make(*given, **named)
-    )
-    train("deal", train("deal", train=ONE_STEP).folder, old_tasks=(task,), train=ONE_STEP)
-    assert made[-1] == {"answer_weight": 0.5}
-
-
-def test_every_arrival_rehearses_in_another_order(task, train, monkeypatch):
+def test_every_arrival_rehearses_in_another_order_and_half_of_a_target_is_the_right_answer(task, train, monkeypatch):
     """Otherwise, with fewer steps than rows, the same few rows would be learned every time, and the others never."""
-    orders = []
-    make = old_tasks.make_rehearsal
+    orders, make = [], old_tasks.make_rehearsal
 
     def record(*given, **named):
+        assert named == {"answer_weight": 0.5}
         made = make(*given, **named)
-        rows = [] if made is None else made.sets[0]
-        orders.append([tuple(row.prompt_ids) for row in rows])
+        orders.append([tuple(row.prompt_ids) for row in made.sets[0]] if made else [])
         return made
 
     monkeypatch.setattr(old_tasks, "make_rehearsal", record)

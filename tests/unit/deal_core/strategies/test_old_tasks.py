@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 
 from deal_core.adapter.state import adapter_on
-from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.generation import generate
 from deal_core.method_config import DealConfig, MethodConfig, RehearsalConfig
@@ -20,44 +18,30 @@ from deal_core.strategies.old_tasks import num_answered, tasks_to_ask
 from deal_core.strategies.rehearsal import RehearsedRow, with_model_targets
 from deal_core.strategies.seq_lora import SeqLora
 from deal_core.strategies.strategy import PlannedArrival
-from tests.unit.deal_core.strategies.conftest import EIGHT_STEPS, NEW
+from tests.unit.deal_core.strategies.conftest import (
+    EIGHT_STEPS,
+    NEW,
+    STORY,
+    encoded,
+    encoded_prompts,
+    labelled,
+    prompts_of,
+)
 
 SIZES = TaskSchema(name="sizes", labels=("large", "small"), instruction="How big is it?")
 SHAPES = TaskSchema(name="shapes", labels=("round", "flat"), instruction="Which shape is it?")
 CHAT = TaskSchema(name="chats", format="chat")
-STORY = TaskSchema(name="story", format="completion", instruction="Go on.")
-
-
-def prompts_of(rows: Sequence[RehearsedRow]) -> set[tuple[int, ...]]:
-    return {tuple(row.prompt_ids) for row in rows}
-
-
-def kept_rows(base, task: TaskSchema, answers: Sequence[str]) -> list[RehearsedRow]:
-    """Rows of a task as a training keeps them."""
-    return [
-        RehearsedRow(
-            encode_prompt(base.tokenizer, task, f"{task.name} number {number}", 64),
-            encode_answer(base.tokenizer, task, answer, 50),
-        )
-        for number, answer in enumerate(answers)
-    ]
 
 
 def test_a_task_with_kept_rows_is_rehearsed_on_these_and_any_other_on_the_new_texts(base, arrive, rows):
-    kept = kept_rows(base, SIZES, ["large", "small"] * 5)
+    kept = encoded(base, SIZES, labelled(SIZES, 10))
     asked, again = sorted(arrive([SIZES, SHAPES], {rows_name("sizes"): pack(kept)}).sets, key=len)
     assert prompts_of(again) == prompts_of(kept)
-    assert prompts_of(asked) == {tuple(encode_prompt(base.tokenizer, SHAPES, text, 64)) for text in rows(6)["input"]}
-
-
-def test_a_task_whose_rows_were_deleted_is_rehearsed_on_the_new_texts(base, arrive, rows):
-    """`deal data delete` leaves an empty tensor."""
-    (asked,) = arrive([SIZES], {rows_name("sizes"): pack([])}).sets
-    assert prompts_of(asked) == {tuple(encode_prompt(base.tokenizer, SIZES, text, 64)) for text in rows(6)["input"]}
+    assert prompts_of(asked) == encoded_prompts(base, SHAPES, rows(6)["input"])
 
 
 def test_a_task_that_returns_is_rehearsed_by_its_kept_rows_alone(base, arrive):
-    kept = kept_rows(base, SIZES, ["large", "small"] * 2)
+    kept = encoded(base, SIZES, labelled(SIZES, 4))
     before = replace(SIZES, instruction="In other words, how big is it?")
     (again,) = arrive([before], {rows_name("sizes"): pack(kept)}, new=SIZES).sets
     assert prompts_of(again) == prompts_of(kept)
@@ -68,7 +52,7 @@ def test_a_task_that_returns_is_rehearsed_by_its_kept_rows_alone(base, arrive):
 @pytest.mark.parametrize("has_kept", [False, True])
 def test_a_plan_knows_how_many_rows_the_parent_answers(base, arrive, olds, has_kept):
     has_kept = has_kept and SIZES in olds
-    kept = {rows_name("sizes"): pack(kept_rows(base, SIZES, ["large", "small"] * 5))} if has_kept else {}
+    kept = {rows_name("sizes"): pack(encoded(base, SIZES, labelled(SIZES, 10)))} if has_kept else {}
     made = arrive(olds, kept)
     arrival = PlannedArrival(
         task=NEW,

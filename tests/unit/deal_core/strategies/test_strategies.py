@@ -17,7 +17,7 @@ from deal_core.errors import ConfigError
 from deal_core.method_config import DealConfig, MethodConfig
 from deal_core.strategies import make_strategy
 from tests.deal_configs import deal_with
-from tests.unit.deal_core.conftest import at_night, weights
+from tests.unit.deal_core.conftest import at_night, same_weights, weights
 
 OLD = TaskSchema(name="sizes", labels=("large", "small"), instruction="How big is it?")
 EVEN = TrainConfig(schedule="constant", balance_labels=False)
@@ -67,17 +67,15 @@ def test_first_task_is_plain_lora(base, task, rows, train):
 
 @pytest.mark.parametrize("strategy", ["deal", "replay"])
 def test_first_task_equals_that_of_seq_lora_bit_for_bit(strategy, train):
-    ours, plain = (weights(train(each, train=STEPS).folder) for each in (strategy, "seq_lora"))
-    assert all(torch.equal(ours[name], plain[name]) for name in plain)
+    assert same_weights(*(train(each, train=STEPS).folder for each in (strategy, "seq_lora")))
 
 
 def test_later_task_with_a_free_core_is_plain_lora_and_its_rehearsal(parent, train):
     free, plain, rehearsed = (
-        weights(train(name, parent, deal=DealConfig(core="free"), old_tasks=olds).folder)
+        train(name, parent, deal=DealConfig(core="free"), old_tasks=olds).folder
         for name, olds in (("deal", ()), ("seq_lora", (OLD,)), ("deal", (OLD,)))
     )
-    assert all(torch.equal(free[name], plain[name]) for name in plain)
-    assert not all(torch.equal(rehearsed[name], plain[name]) for name in plain)
+    assert same_weights(free, plain) and not same_weights(rehearsed, plain)
 
 
 @pytest.mark.parametrize("change", [{"energy": 0.5}, {"lambda1": 0.5}], ids=str)

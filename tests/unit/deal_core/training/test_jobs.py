@@ -18,11 +18,9 @@ import psutil
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from deal_core.adapter.files import WEIGHTS_FILE
-from deal_core.adapter.state import adapter_on
+from deal_core.adapter.state import adapter_on, load_method_state
 from deal_core.base_model.load import load_base
 from deal_core.base_model.sharding import is_sharded, shard_base
 from deal_core.config import AdapterConfig, TrainConfig
@@ -35,6 +33,7 @@ from deal_core.training.ranks import run_in_processes
 from deal_core.training.train import KeptSource, TrainingSetup
 from infra.launch import launch_job
 from tests.unit.deal_core.conftest import TASK, as_served, make_rows, train_into
+from tests.unit.deal_core.training.test_ranks import assert_same
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 STEPS = TrainConfig(batch_size=4, learning_rate=5e-3, num_epochs=1, max_prompt_tokens=64, checkpoint_steps=2)
@@ -119,14 +118,6 @@ def alone(job: TrainingJob, base, folder: Path) -> Any:
     return in_folder(job, folder, setup=replace(job.setup, train=train)).run(base)
 
 
-def assert_same(one: Any, other: Any, *folders: Path) -> None:
-    assert [loss for _, loss in other.losses] == pytest.approx([loss for _, loss in one.losses], rel=1e-5)
-    expected, found = (load_file(folder / "adapter" / WEIGHTS_FILE) for folder in folders)
-    assert expected.keys() == found.keys() and len(one.losses) == 7
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
-
-
 def test_out_of_memory_a_training_goes_on_with_half_the_rows_at_once_and_the_same_rows_in_a_step(base, job, tmp_path):
     train = replace(job.setup.train, num_processes=1, balance_labels=False)
     job = replace(job, setup=replace(job.setup, train=train, strategy="seq_lora"))
@@ -157,7 +148,9 @@ def test_torchrun_trains_a_sharded_base_as_one_process_trains_a_whole_one(base, 
     one = alone(job, base, tmp_path / "one")
     sharded = in_folder(job, tmp_path / "sharded", shard="base")
     two = run_in_processes(sharded, tmp_path / "ranks", command=TORCHRUN)
-    assert_same(one, two, tmp_path / "one", tmp_path / "sharded")
+    assert_same(one, two, tmp_path / "one/adapter", tmp_path / "sharded/adapter")
+    states = [load_method_state(tmp_path / name / "adapter").tensors for name in ("one", "sharded")]
+    assert len(states[0]) == 2 and all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert "rehearsed 12 rows of one old task, 4 a step" in two.notes
 
 
@@ -314,7 +307,7 @@ def test_one_worker_of_ray_trains_as_this_process(base, job, tmp_path):
     result = launch_job(
         open_store(), other, "adapters/l/r/jobs", tmp_path / "r", lambda message: seen.append(message["step"])
     )
-    assert_same(one, result, tmp_path / "one", tmp_path / "ray")
+    assert_same(one, result, tmp_path / "one/adapter", tmp_path / "ray/adapter")
     assert seen == [1, 2, 3, 4, 5, 6, 7] and not list(open_store().list("adapters"))
 
 
@@ -341,7 +334,7 @@ def test_each_launch_trains_as_this_process_and_one_killed_worker_changes_nothin
         seen.clear()
         two = in_folder(job, tmp_path / launch)
         result = launch_job(open_store(), two, "adapters/l/r/jobs", tmp_path / "ranks", follow)
-        assert_same(one, result, tmp_path / "one", tmp_path / launch)
+        assert_same(one, result, tmp_path / "one/adapter", tmp_path / launch / "adapter")
         assert seen == [1, 2, 3, 4, 5, 6, 7]
         assert result.resumed_from_step in ((2, 4) if killed else (None,))
     assert len(killed) == 1

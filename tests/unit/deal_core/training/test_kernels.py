@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from deal_core.adapter.state import attach_adapter
@@ -19,6 +20,7 @@ from deal_core.data import collate
 from deal_core.data.collate import (
     ANSWER_POSITIONS,
     IGNORED,
+    MIN_PREFIX,
     AnswerCollator,
     add_blank_row,
     answer_collator,
@@ -28,15 +30,15 @@ from deal_core.data.collate import (
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.training import kernels, trainer
-from deal_core.training.kernels import set_attention
-from tests.unit.deal_core.conftest import TASK, Train, at_night, weights
+from deal_core.training.kernels import compiled_layers, set_attention
+from tests.unit.deal_core.conftest import TASK, TONE, Train, assert_close_weights, at_night, pairs
 
 STEPS = TrainConfig(max_steps=4, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=2)
 NEXT = replace(TASK, name="tones", instruction="Which tone is meant?")
 """Learned after TASK, whose instruction the parent then answers."""
 
 
-@pytest.fixture(params=["deal", *at_night("seq_lora", "replay")])
+@pytest.fixture(params=["deal", *at_night("seq_lora")])
 def strategy(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -46,34 +48,38 @@ def require_same(train: Train, strategy: str, parent: Path, **change: Any) -> No
     given = {"task": NEXT, "old_tasks": (TASK,)}
     plain, changed = (train(strategy, parent, train=replace(STEPS, **each), **given) for each in ({}, change))
     assert changed.losses == pytest.approx(plain.losses, rel=1e-4)
-    expected, found = weights(plain.folder), weights(changed.folder)
-    for name, weight in expected.items():
-        torch.testing.assert_close(found[name], weight, atol=2e-4, rtol=1e-3)
+    assert_close_weights(plain.folder, changed.folder, atol=2e-4, rtol=1e-3)
 
 
 def test_padding_free_batches_train_as_padded_ones(strategy: str, train: Train, parent: Path) -> None:
     require_same(train, strategy, parent, padding_free=True)
 
 
-def test_rows_without_padding_give_the_losses_and_gradients_of_padded_ones(
-    base: BaseModel, task: TaskSchema, rows: Callable[..., Dataset]
+@pytest.mark.parametrize("way", ["is_padding_free", "shares_prefix"])
+def test_each_form_of_a_batch_gives_the_losses_and_gradients_of_padded_whole_rows(
+    way: str, base: BaseModel, task: TaskSchema, rows: Callable[..., Dataset]
 ) -> None:
     model = attach_adapter(base.model, AdapterConfig(rank=4), seed=0)
-    encoded = add_blank_row(encode_rows(rows(5), base.tokenizer, task, max_prompt_tokens=64, max_answer_tokens=8))
+    encoded = encode_rows(rows(5), base.tokenizer, task, max_prompt_tokens=64, max_answer_tokens=8)
+    if way == "is_padding_free":
+        encoded = add_blank_row(encoded)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape) if "lora_B" in name else 0)
     found = []
-    for is_padding_free in (False, True):
-        collate = AnswerCollator(base.tokenizer, is_seq2seq=False, is_padding_free=is_padding_free)
-        batch = collate(list(encoded))
+    for is_so in (False, True):
+        batch = AnswerCollator(base.tokenizer, is_seq2seq=False, **{way: is_so})(list(encoded))
+        assert ("prefix_ids" in batch) == (is_so and way == "shares_prefix")
         model.zero_grad()
         loss = answer_loss(model, batch)
         loss.backward()
         found.append((loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
     torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
-    num_tokens = sum(len(row["prompt_ids"]) + len(row["answer_ids"]) for row in encoded)
-    assert batch["input_ids"].shape == (1, num_tokens), "no place is padding"
+    if way == "is_padding_free":
+        num_tokens = sum(len(row["prompt_ids"]) + len(row["answer_ids"]) for row in encoded)
+        assert batch["input_ids"].shape == (1, num_tokens), "no place is padding"
+    else:
+        assert batch["prefix_ids"].shape[1] >= MIN_PREFIX and len(set(batch["attention_mask"].sum(1).tolist())) > 1
     model.unload()
 
 
@@ -96,21 +102,17 @@ def test_each_attention_trains_the_same_and_leaves_the_model_as_it_was(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_flash_attention_without_a_device_is_refused(train: Train) -> None:
+def test_an_attention_that_model_machine_or_precision_does_not_have_is_refused(
+    base: BaseModel, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match=r"flash_attention_2, which needs a CUDA device"):
         train(train=replace(STEPS, attention="flash_attention_2"))
-
-
-def test_flash_attention_in_fp32_is_refused(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ConfigError, match=r"which has no fp32"):
         set_attention(base.model, "flash_attention_2")
     base.model.to(torch.bfloat16)
     with pytest.raises(ConfigError, match=r"train.attention is flash_attention_2: .*FlashAttention2"):
         set_attention(base.model, "flash_attention_2")  # its package is not installed
-
-
-def test_a_model_with_one_attention_alone_is_refused(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(base.model), "_can_set_attn_implementation", lambda *_: False)
     with pytest.raises(ConfigError, match="a base model of type 'llama' has one kind alone"):
         set_attention(base.model, "eager")
@@ -137,9 +139,11 @@ def test_compiled_layers_train_the_same_compile_once_and_are_gone_afterwards(
     assert all(module._compiled_call_impl is None for module in base.model.modules())
 
 
-def test_recomputed_layers_are_not_compiled() -> None:
+def test_layers_that_are_recomputed_or_unknown_are_not_compiled() -> None:
     with pytest.raises(ConfigError, match=r"compiles nothing of a layer that train.gradient_checkpointing recomputes"):
         TrainConfig(torch_compile=True, gradient_checkpointing=True)
+    with pytest.raises(ConfigError, match="does not know the layers of Linear"), compiled_layers(nn.Linear(1, 1)):
+        pytest.fail("nothing was compiled")
 
 
 @pytest.mark.parametrize(
@@ -171,9 +175,7 @@ def test_an_accelerator_reads_rehearsed_rows_with_the_new_ones_and_learns_the_sa
         change.get("gradient_accumulation_steps", 1)
     )
     assert together.losses == pytest.approx(apart.losses, rel=1e-4)
-    expected, found = weights(apart.folder), weights(together.folder)
-    for name, weight in expected.items():
-        torch.testing.assert_close(found[name], weight, atol=2e-4, rtol=1e-3)
+    assert_close_weights(apart.folder, together.folder, atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder-decoder", "without padding"])
@@ -195,14 +197,8 @@ def test_joined_batches_are_the_batch_of_all_rows(kind: str, base: BaseModel) ->
 def test_preferences_with_rehearsed_rows_are_learned_the_same_in_one_pass(
     train: Train, parent: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tone = TaskSchema(
-        name="tone", format="completion", instruction="Answer.", metric="preference", learns_preferences=True
-    )
-    rows = Dataset.from_list(
-        [{"input": f"tap {i}", "output": f"red rose {i}", "rejected": "sky" + " sky" * (i % 3)} for i in range(8)]
-    )
     steps = replace(STEPS, gradient_checkpointing=True, preference_learning_rate=5e-3)
-    given = {"rows": rows, "train": steps, "task": tone, "old_tasks": (TASK,)}
+    given = {"rows": pairs(8), "train": steps, "task": TONE, "old_tasks": (TASK,)}
     apart = train("deal", parent, **given)
     assert any("rehearsed" in note for note in apart.result.notes)
     monkeypatch.setattr(trainer, "APART_ON", ())

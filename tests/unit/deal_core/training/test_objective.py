@@ -8,13 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, logsigmoid
 
 from deal_core.adapter.state import adapter_on
 from deal_core.config import TrainConfig
 from deal_core.data.collate import REFERENCE_MARGINS, AnswerCollator, add_blank_row, answer_logits, encode_rows
-from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.score import evaluate_task
 from deal_core.planning.memory import largest_batch
 from deal_core.training.objective import (
@@ -23,11 +21,8 @@ from deal_core.training.objective import (
     add_preferences,
     margins,
 )
-from tests.unit.deal_core.conftest import as_served, at_night
+from tests.unit.deal_core.conftest import TONE, as_served, at_night, pairs, same_weights
 
-TASK = TaskSchema(
-    name="tone", format="completion", metric="preference", instruction="Answer the tenant.", learns_preferences=True
-)
 SHORT = TrainConfig(
     max_steps=6,
     batch_size=4,
@@ -38,25 +33,11 @@ SHORT = TrainConfig(
 )
 
 
-def pairs(num_rows: int) -> Dataset:
-    """The better answer is friendly, and both answers differ in length."""
-    return Dataset.from_list(
-        [
-            {
-                "input": f"tap {i} drips " + "and more " * (i % 4),
-                "output": f"red rose for tap {i} " + "sea " * (i % 3),
-                "rejected": "blue moss" + " sky" * (i % 5),
-            }
-            for i in range(num_rows)
-        ]
-    )
-
-
 @pytest.fixture
 def encoded(base):
     rows = pairs(7)
-    made = encode_rows(rows, base.tokenizer, TASK, max_prompt_tokens=64, max_answer_tokens=20)
-    return add_preferences(made, rows, base.model, base.tokenizer, TASK, SHORT)
+    made = encode_rows(rows, base.tokenizer, TONE, max_prompt_tokens=64, max_answer_tokens=20)
+    return add_preferences(made, rows, base.model, base.tokenizer, TONE, SHORT)
 
 
 def with_margins(encoded: Dataset, margins_N: list[float]) -> Dataset:
@@ -105,33 +86,33 @@ def test_a_blank_row_adds_nothing(base, encoded):
 def test_the_parent_is_the_reference(train, parent, has_parent):
     """The loss of the first step is log 2: nothing differs from the parent yet, whatever the parent prefers."""
     config = replace(SHORT, max_steps=2)
-    found = train("seq_lora", parent if has_parent else None, rows=pairs(8), task=TASK, train=config)
+    found = train("seq_lora", parent if has_parent else None, rows=pairs(8), task=TONE, train=config)
     assert found.losses[0] == pytest.approx(math.log(2), abs=1e-4)
     assert found.losses[1] < found.losses[0]
 
 
-@pytest.mark.parametrize("strategy", ["deal", *at_night("seq_lora", "replay")])
+@pytest.mark.parametrize("strategy", ["deal", *at_night("seq_lora")])
 def test_preferences_are_learned_and_judged(base, train, parent, strategy):
-    found = train(strategy, parent, rows=pairs(8), task=TASK, train=replace(SHORT, max_steps=16))
+    found = train(strategy, parent, rows=pairs(8), task=TONE, train=replace(SHORT, max_steps=16))
     assert found.losses[-1] < 0.5 * math.log(2)
     assert any(note.startswith("preferences (DPO): before, the better answer") for note in found.result.notes)
 
     def judge(folder):
         with adapter_on(base.model, folder) as model:
-            return evaluate_task(model, base.tokenizer, as_served(TASK, 20), pairs(8))
+            return evaluate_task(model, base.tokenizer, as_served(TONE, 20), pairs(8))
 
     assert judge(found.folder).outcomes == (1.0,) * 8
     assert judge(found.folder).answers == ("1.0",) * 8 and judge(found.folder).majority_rate is None
     assert judge(None).outcomes == (0.5,) * 8, "the base model is the reference"
     with adapter_on(base.model, found.folder) as model:
         swapped = pairs(8).rename_columns({"output": "rejected", "rejected": "output"})
-        assert evaluate_task(model, base.tokenizer, as_served(TASK, 20), swapped).accuracy == 0
+        assert evaluate_task(model, base.tokenizer, as_served(TONE, 20), swapped).accuracy == 0
 
 
 def test_a_larger_beta_stays_nearer_to_the_parent(base, train, encoded):
     def gain(beta: float) -> float:
         config = replace(SHORT, max_steps=30, preference_beta=beta)
-        found = train("seq_lora", rows=pairs(8), task=TASK, train=config)
+        found = train("seq_lora", rows=pairs(8), task=TONE, train=config)
         with adapter_on(base.model, found.folder) as model, torch.no_grad():
             rows = list(with_margins(encoded, [0.0] * len(encoded)))
             batch = PairCollator(AnswerCollator(base.tokenizer, is_seq2seq=False))(rows)
@@ -140,30 +121,16 @@ def test_a_larger_beta_stays_nearer_to_the_parent(base, train, encoded):
     assert gain(5.0) < gain(0.05)
 
 
-def test_a_killed_training_ends_as_one_that_was_not(train, parent, tmp_path):
-    class KilledError(Exception):
-        pass
-
-    def kill(step, values):
-        if step == 4:
-            raise KilledError
-
-    def learn(**changes):
-        return train("deal", parent, rows=pairs(8), task=TASK, train=replace(SHORT, checkpoint_steps=2), **changes)
-
-    whole = learn()
-    with pytest.raises(KilledError):
-        learn(checkpoint_folder=tmp_path / "killed", on_log=kill)
-    again = learn(checkpoint_folder=tmp_path / "killed")
-    assert again.result.resumed_from_step == 2
-    one, other = (load_file(run.folder / "adapter_model.safetensors") for run in (whole, again))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+def test_a_killed_training_ends_as_one_that_was_not(train, parent, killed_and_resumed):
+    given = {"rows": pairs(8), "task": TONE, "train": replace(SHORT, checkpoint_steps=2)}
+    whole, again = train("deal", parent, **given), killed_and_resumed("deal", parent, at=4, **given)
+    assert again.result.resumed_from_step == 2 and same_weights(whole.folder, again.folder)
 
 
 def test_cut_answers_that_have_become_equal_are_named(train):
     long = "a " * 30
     rows = Dataset.from_list([{"input": f"q {i}", "output": f"{long}b", "rejected": f"{long}c"} for i in range(4)])
-    found = train("seq_lora", rows=rows, task=TASK, train=replace(SHORT, max_steps=1, max_answer_tokens=8))
+    found = train("seq_lora", rows=rows, task=TONE, train=replace(SHORT, max_steps=1, max_answer_tokens=8))
     assert any("in 4 rows both are the same up to train.max_answer_tokens" in note for note in found.result.notes)
 
 

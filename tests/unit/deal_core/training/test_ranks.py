@@ -17,11 +17,9 @@ import psutil
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure, record
 
-from deal_core.adapter.state import load_method_state
 from deal_core.config import MIN_VALIDATED, AdapterConfig, TrainConfig
 from deal_core.data.collate import (
     IGNORED,
@@ -38,7 +36,7 @@ from deal_core.training.jobs import TrainingJob, read_job
 from deal_core.training.ranks import describe, error_of, require_devices, run_in_processes
 from deal_core.training.train import TrainingResult, TrainingSetup, train_adapter
 from deal_core.training.trainer import find_checkpoint, require_in_step
-from tests.unit.deal_core.conftest import train_into
+from tests.unit.deal_core.conftest import assert_close_weights
 
 # 26 rows in batches of 4: the last step of an epoch has two rows, all of them rank 0's
 STEPS = TrainConfig(
@@ -89,13 +87,10 @@ def train_in_one(base, job: TrainingJob, folder: Path) -> TrainingResult:
     return replace(alone, output_folder=folder / "one", checkpoint_folder=folder / "one-cp").run(base)
 
 
-def assert_same(one: TrainingResult, two: TrainingResult, folder: Path) -> None:
+def assert_same(one: TrainingResult, two: TrainingResult, *adapters: Path) -> None:
     assert [step for step, _ in two.losses] == [step for step, _ in one.losses] and one.num_steps >= 7
     assert [loss for _, loss in two.losses] == pytest.approx([loss for _, loss in one.losses], rel=1e-5)
-    expected, found = (load_file(folder / name / "adapter_model.safetensors") for name in ("one", "two"))
-    assert expected.keys() == found.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+    assert_close_weights(*adapters, rtol=1e-4, atol=1e-5)
 
 
 def ranks_of(process: psutil.Process) -> dict[str, psutil.Process]:
@@ -105,27 +100,12 @@ def ranks_of(process: psutil.Process) -> dict[str, psutil.Process]:
 
 
 @pytest.mark.nightly
-def test_two_processes_equal_one(base, job, rows, tmp_path):
-    """The new rows and an old task's kept ones; the last step has rows for rank 0 alone."""
-    job = retrained(job, num_epochs=1)
-    old, once = job.setup.old_tasks[0], replace(STEPS, max_steps=1, num_processes=1)
-    first = train_into(tmp_path / "kept", base, "deal", task=old, rows=rows(48, first=100), train=once).folder
-    job = replace(job, parent_folder=first)
-    two = run_in_processes(job, tmp_path / "ranks")
-    one = train_in_one(base, job, tmp_path)
-    assert_same(one, two, tmp_path)
-    assert two.notes[0] == "rehearsed 12 rows of one old task, 4 a step"
-    states = [load_method_state(tmp_path / name).tensors for name in ("one", "two")]
-    assert len(states[0]) == 2 and all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-
-
-@pytest.mark.nightly
 def test_two_processes_choose_the_step_that_one_chooses(base, job, rows, tmp_path):
     """They divide the rows that are held back."""
     rows(MIN_VALIDATED).to_parquet(str(job.rows_file))
     job = retrained(job, num_epochs=1, batch_size=16, validation_share=0.05)
     two, one = run_in_processes(job, tmp_path / "ranks"), train_in_one(base, job, tmp_path)
-    assert_same(one, two, tmp_path)
+    assert_same(one, two, tmp_path / "one", tmp_path / "two")
     assert len(one.validation_losses) == 2 and two.kept_step == one.kept_step
     assert dict(two.validation_losses) == pytest.approx(dict(one.validation_losses), rel=1e-4)
 
@@ -143,7 +123,7 @@ def test_deal_with_a_killed_rank_and_resumed_equals_one_process(base, job, tmp_p
     two = run_in_processes(job, tmp_path / "ranks", lambda message: seen.append(message["step"]))
     assert two.resumed_from_step in (4, 8, 12) and seen == list(range(1, 15))
     assert any("rehearsed" in note for note in two.notes)
-    assert_same(train_in_one(base, job, tmp_path), two, tmp_path)
+    assert_same(train_in_one(base, job, tmp_path), two, tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.nightly
@@ -173,7 +153,7 @@ def test_seq_lora_whose_parent_was_killed_and_which_one_process_goes_on_with(bas
     assert gone_on.resumed_from_step == num_steps >= 12
     (tmp_path / "one").rename(tmp_path / "two")
     shutil.rmtree(tmp_path / "one-cp")
-    assert_same(train_in_one(base, job, tmp_path), gone_on, tmp_path)
+    assert_same(train_in_one(base, job, tmp_path), gone_on, tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.nightly

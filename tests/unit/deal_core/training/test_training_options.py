@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from datasets import Dataset
-from torch import Tensor
 
 from deal_core import config as settings
 from deal_core.adapter.files import CONFIG_FILE
@@ -19,19 +16,9 @@ from deal_core.base_model.load import BaseModel
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.judging_config import MonitorConfig
-from tests.unit.deal_core.conftest import Train, at_night, weights
+from tests.unit.deal_core.conftest import Train, at_night, same_weights, weights
 
 STEPS = TrainConfig(max_steps=4, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=2)
-
-
-def are_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-@pytest.mark.parametrize("change", [{"warmup_share": 0.5}, {"weight_decay": 10.0}, {"learning_rate": 1e-3}], ids=str)
-def test_each_option_changes_what_is_learned(change: dict[str, Any], parent: Path, train: Train) -> None:
-    plain, changed = (train("deal", parent, train=each).folder for each in (STEPS, replace(STEPS, **change)))
-    assert not are_equal(weights(plain), weights(changed))
 
 
 def test_a_rate_that_is_not_given_follows_the_size_of_the_base_model() -> None:
@@ -43,16 +30,9 @@ def test_a_rate_that_is_not_given_follows_the_size_of_the_base_model() -> None:
 def test_a_training_takes_the_rate_of_its_base_model(
     base: BaseModel, parent: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = weights(train("seq_lora", parent, train=replace(STEPS, learning_rate=0.01)).folder)
+    given = train("seq_lora", parent, train=replace(STEPS, learning_rate=0.01)).folder
     monkeypatch.setattr(settings, "RATES", ((base.model.num_parameters(), 0.01),))
-    assert are_equal(given, weights(train("seq_lora", parent, train=replace(STEPS, learning_rate=None)).folder))
-
-
-def test_answers_that_are_no_labels_may_be_longer() -> None:
-    assert (TrainConfig().answer_tokens(("red", "green")), TrainConfig().answer_tokens(())) == (50, 256)
-    assert TrainConfig(max_answer_tokens=7).answer_tokens(("red",)) == TrainConfig(max_answer_tokens=7).answer_tokens(
-        ()
-    )
+    assert same_weights(given, train("seq_lora", parent, train=replace(STEPS, learning_rate=None)).folder)
 
 
 def test_a_free_answer_is_learned_beyond_the_length_of_labels(train: Train) -> None:
@@ -68,17 +48,17 @@ def test_dropout_is_kept_by_the_next_version_and_a_resumed_run_draws_the_same(
 ) -> None:
     adapter = AdapterConfig(rank=4, dropout=0.3)
     plain, first = (train("deal", adapter=shape, train=STEPS).folder for shape in (AdapterConfig(rank=4), adapter))
-    assert not are_equal(weights(plain), weights(first))
+    assert not same_weights(plain, first)
     model = load_adapter(base.model, first, is_trainable=True)
     assert model.peft_config["default"].lora_dropout == 0.3
     model.unload()
     whole = train("deal", first, adapter=adapter, train=STEPS)
     resumed = killed_and_resumed("deal", first, at=3, adapter=adapter, train=STEPS)
     assert resumed.result.resumed_from_step == 2
-    assert are_equal(weights(whole.folder), weights(resumed.folder))
+    assert same_weights(whole.folder, resumed.folder)
 
 
-@pytest.mark.parametrize("strategy", ["deal", *at_night("seq_lora", "replay")])
+@pytest.mark.parametrize("strategy", ["deal", *at_night("seq_lora")])
 def test_a_scale_by_the_root_of_the_rank_trains_as_the_same_scale_by_the_rank(strategy: str, train: Train) -> None:
     plain, rslora = AdapterConfig(rank=4, alpha=8), AdapterConfig(rank=4, alpha=4, rslora=True)
     assert plain.scale == rslora.scale == 2
@@ -86,7 +66,7 @@ def test_a_scale_by_the_root_of_the_rank_trains_as_the_same_scale_by_the_rank(st
     for adapter in (plain, rslora):
         first = train(strategy, adapter=adapter, train=STEPS).folder
         found.append(train(strategy, first, adapter=adapter, train=STEPS).folder)
-    assert are_equal(*map(weights, found))
+    assert same_weights(*found)
     configs = [json.loads((folder / CONFIG_FILE).read_text()) for folder in found]
     assert [(config["lora_alpha"], config["use_rslora"]) for config in configs] == [(8, False), (4, True)]
 

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from datasets import Dataset
 
-from deal_core.base_model.load import BaseModel
 from deal_core.config import TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.training import train as training
 from deal_core.training.validation import PATIENCE, PER_EPOCH
-from tests.unit.deal_core.conftest import Run, Train, at_night, weights
+from tests.unit.deal_core.conftest import TONE, Train, at_night, pairs, same_weights
 
 STEPS_OF_EPOCH = 6
 NOISE = TrainConfig(
@@ -48,11 +46,6 @@ def noise(task: TaskSchema) -> Dataset:
     )
 
 
-def are_equal(one: Run, other: Run) -> bool:
-    first, second = weights(one.folder), weights(other.folder)
-    return all(torch.equal(first[name], second[name]) for name in first)
-
-
 def test_the_best_step_is_kept_and_the_training_ends_early(
     train: Train, noise: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,10 +68,10 @@ def test_the_best_step_is_kept_and_the_training_ends_early(
     rows = noise.select(learned)
     plain = train("seq_lora", rows=rows, train=replace(NOISE, validation_share=0.0, max_steps=kept))
     assert plain.losses == found.losses[:kept], "the rows that are held back are not learned, and nothing else differs"
-    assert are_equal(plain, found), "the adapter is that of the best step"
+    assert same_weights(plain.folder, found.folder), "the adapter is that of the best step"
 
 
-@pytest.mark.parametrize("strategy", ["deal", *at_night("seq_lora", "replay")])
+@pytest.mark.parametrize("strategy", ["deal", *at_night("seq_lora")])
 @pytest.mark.parametrize("at_best", [1, *at_night(-2, 6)])
 def test_a_killed_training_chooses_the_step_that_it_would_have_chosen(
     strategy: str, at_best: int, train: Train, parent: Path, noise: Dataset, killed_and_resumed: Train
@@ -91,7 +84,7 @@ def test_a_killed_training_chooses_the_step_that_it_would_have_chosen(
     assert resumed.result.resumed_from_step == killed_at - killed_at % NOISE.checkpoint_steps
     assert resumed.result.validation_losses == whole.result.validation_losses
     assert resumed.result.kept_step == whole.result.kept_step
-    assert resumed.losses == whole.losses and are_equal(resumed, whole)
+    assert resumed.losses == whole.losses and same_weights(resumed.folder, whole.folder)
 
 
 def test_a_training_that_died_after_it_had_ended_early_ends_there_again(
@@ -102,14 +95,14 @@ def test_a_training_that_died_after_it_had_ended_early_ends_there_again(
     whole = train("seq_lora", **given)
     again = train("seq_lora", **given)
     assert again.result.resumed_from_step == whole.result.num_steps - 1
-    assert again.result.num_steps == whole.result.num_steps and are_equal(again, whole)
+    assert again.result.num_steps == whole.result.num_steps and same_weights(again.folder, whole.folder)
 
 
 def test_of_few_rows_none_are_held_back(train: Train, rows: Callable[..., Dataset]) -> None:
     short = replace(NOISE, max_steps=4)
     plain, asked = (train("seq_lora", rows=rows(29), train=replace(short, validation_share=each)) for each in (0, 0.2))
     assert asked.result.validation_losses == () and asked.result.kept_step is None
-    assert are_equal(plain, asked)
+    assert same_weights(plain.folder, asked.folder)
     assert any("none of 29 rows are held back" in note for note in asked.result.notes)
     assert not any("validation" in note for note in plain.result.notes)
 
@@ -122,15 +115,9 @@ def test_labels_keep_their_shares_and_no_row_is_in_both_parts() -> None:
     assert training._divide(Dataset.from_dict({"answer_ids": answers}), 80, 1)[1] != held_back
 
 
-def test_preferences_are_validated_by_their_own_loss(base: BaseModel, train: Train) -> None:
-    tone = TaskSchema(
-        name="tone", format="completion", instruction="Answer.", metric="preference", learns_preferences=True
-    )
-    pairs = Dataset.from_list(
-        [{"input": f"tap {i}", "output": f"red rose {i}", "rejected": "blue sky" + " sky" * (i % 3)} for i in range(30)]
-    )
+def test_preferences_are_validated_by_their_own_loss(train: Train) -> None:
     settings = replace(NOISE, num_epochs=2, preference_learning_rate=5e-3)
-    found = train("seq_lora", rows=pairs, task=tone, train=settings).result
+    found = train("seq_lora", rows=pairs(30), task=TONE, train=settings).result
     steps, losses = zip(*found.validation_losses, strict=True)
     assert len(steps) == 2 * PER_EPOCH and losses[-1] < losses[0] < 0.7, "−log σ(0) is 0.693"
 

@@ -21,6 +21,7 @@ ATTACKS = [
     *("\t=1", "\r=1", "\n=1", "＝1+1", "- a list", "'=1", "''=1", "'-"),
 ]
 HARMLESS = ["", "text", "'quoted'", "'tis", "''", " =1", "a=1", '"=1"', "1-1", "don't"]
+MARKS = ["true", "TRUE", " True "]
 CHARACTERS = st.text(st.sampled_from("'=+-@\t\r\n\"',; aé＝\u00a0"), max_size=8)
 
 
@@ -47,15 +48,18 @@ def test_only_what_a_spreadsheet_runs_is_changed_and_a_file_without_it_has_no_ma
     assert [row.values["text"] for row in read_rows(tmp_path / "ordinary.csv")] == ["'=1", "'- b"]
 
 
-@pytest.mark.parametrize("mark", ["true", "TRUE", " True "])
-def test_a_spreadsheet_may_write_the_mark_anew_and_drop_an_apostrophe(mark: str) -> None:
-    assert unguarded({"text": "'=1", "label": "b", GUARD_COLUMN: mark}) == {"text": "=1", "label": "b"}
-    assert unguarded({"text": "=1", GUARD_COLUMN: mark}) == {"text": "=1"}
-
-
-@pytest.mark.parametrize("mark", [{GUARD_COLUMN: "false"}, {GUARD_COLUMN: ""}, {GUARD_COLUMN: "no"}, {}])
-def test_an_apostrophe_of_any_other_row_stays(mark: dict[str, str]) -> None:
-    assert unguarded({"text": "'=1", "other": "'-", **mark}) == {"text": "'=1", "other": "'-"}
+@pytest.mark.parametrize(
+    ("row", "read"),
+    [
+        *(({"text": "'=1", "label": "b", GUARD_COLUMN: mark}, {"text": "=1", "label": "b"}) for mark in MARKS),
+        *(({"text": "=1", GUARD_COLUMN: mark}, {"text": "=1"}) for mark in MARKS),
+        *(({"text": "'=1", "o": "'-", GUARD_COLUMN: no}, {"text": "'=1", "o": "'-"}) for no in ("false", "", "no")),
+        ({"text": "'=1", "other": "'-"}, {"text": "'=1", "other": "'-"}),
+    ],
+)
+def test_an_apostrophe_goes_only_where_the_mark_says_so(row: dict[str, str], read: dict[str, str]) -> None:
+    """A spreadsheet may write the mark anew, and may drop the apostrophe."""
+    assert unguarded(row) == read
 
 
 def test_a_labelled_file_is_learned_and_the_mark_is_no_column(tmp_path: Path) -> None:
