@@ -146,37 +146,6 @@ def test_what_waits_for_a_schedule_is_learned_together_at_its_time(tiny_base: Pa
     assert start(sunday + DAY) == 1, "it landed before the time"
 
 
-def test_rows_are_waited_for_and_tasks_are_learned_in_the_order_of_their_oldest_file(
-    tiny_base: Path, home: Path
-) -> None:
-    add(tiny_base, min_rows=50)
-    land(home, "parcels/1.jsonl", ROWS[:30], age=300)
-    land(home, "bank/1.jsonl", BANK[:30], age=200)
-    land(home, "bank/2.jsonl", BANK[30:60], age=100)
-    assert [(each.task, each.num_rows, each.is_due) for each in waiting(home, now())] == [
-        ("parcels", 30, False),
-        ("bank", 60, True),
-    ]
-    land(home, "parcels/2.jsonl", ROWS[30:60], age=50)
-    assert [key for key, *_ in learn(now())] == [
-        "parcels/1.jsonl",
-        "parcels/2.jsonl",
-        "bank/1.jsonl",
-        "bank/2.jsonl",
-    ]
-    assert [(version.task, num_read(version)) for version in versions()] == [("parcels", 60), ("bank", 60)]
-
-
-def test_after_the_longest_wait_fewer_rows_are_learned(tiny_base: Path, home: Path) -> None:
-    add(tiny_base, min_rows=200, max_wait_days=7)
-    land(home, "parcels/1.jsonl", ROWS[:40])
-    (found,) = waiting(home, now())
-    assert found.until is not None and timedelta(days=6.9) < found.until - now() <= 7 * DAY, "not since 2023"
-    assert (start(found.until - timedelta(seconds=1)), learn(found.until - timedelta(seconds=1))) == (0, [])
-    assert start(found.until) == 1
-    assert learn(found.until) == [("parcels/1.jsonl", "promoted", "1")]
-
-
 def test_a_champion_that_answers_the_new_rows_well_enough_learns_nothing(tiny_base: Path, home: Path) -> None:
     add(tiny_base, skip_if_accuracy=ALWAYS)
     land(home, "parcels/task.yaml", [b"metric: loss\n"])
@@ -294,23 +263,6 @@ asyncio.run(flows.watch.watch.fn(read_lineage(current_store(), "l"), True, 0.01)
     finally:
         child.send_signal(signal.SIGKILL)
         child.communicate()
-
-
-def test_a_batch_that_failed_is_tried_again_without_what_landed_since(
-    tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    add(tiny_base, min_rows=50)
-    land(home, "parcels/1.jsonl", ROWS[:55])
-
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("the server is away")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Versions, "register", fail)
-        assert learn(now()) == [("parcels/1.jsonl", "failed", None)]
-    land(home, "parcels/2.jsonl", ROWS[60:])
-    assert learn(now() + DAY) == [("parcels/1.jsonl", "promoted", "1")]
-    assert [each.num_files for each in waiting(home, now())] == [1]
 
 
 def test_a_bad_file_is_refused_alone_and_the_good_ones_are_learned(tiny_base: Path, home: Path) -> None:

@@ -8,18 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from prefect.client.orchestration import get_client
 
 import flows.watch
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
-from deal_core.errors import ConfigError
-from flows.lock import LineageBusyError, lock_lineage
 from flows.sensor import watch_inbox
 from flows.watch import adapt_landed
-from infra.lineage_state import lineages_with_state, read_ended, read_state
+from infra.lineage_state import lineages_with_state, read_state
 from infra.store.local import FileStore
-from infra.versions import Versions
 from tasks.context import current_store
 from tasks.inbox import look as look_at_inbox
 from tasks.lineage.settings import WatchedLineage, add_lineage, list_lineages, pause_lineage, read_lineage
@@ -141,16 +137,6 @@ def test_a_broken_lineage_file_holds_up_no_other(home: Path, caplog: pytest.LogC
     assert "unknown key 'strategi'" in caplog.text and "is about lineage 'good'" in caplog.text
 
 
-def test_a_lineage_file_says_only_what_was_given(home: Path) -> None:
-    given = lineage("short", tasks=["bank"], strategy="seq_lora")
-    add_lineage(current_store(), given)
-    stored = yaml.safe_load(current_store().get_bytes("lineages/short.yaml"))
-    assert stored == {"lineage": "short", "tasks": ["bank"], "strategy": "seq_lora"}
-    assert read_lineage(current_store(), "short") == given
-    with pytest.raises(ConfigError, match="deal lineage apply"):
-        read_lineage(current_store(), "nobody")
-
-
 def small(name: str, base: Path) -> WatchedLineage:
     return lineage(
         name,
@@ -158,32 +144,6 @@ def small(name: str, base: Path) -> WatchedLineage:
         gate=NO_LIMITS,
         train={"max_steps": 2, "max_prompt_tokens": 192, "checkpoint_steps": 0},
     )
-
-
-def test_a_run_takes_all_that_is_open_and_what_lands_meanwhile(home: Path, tiny_base: Path) -> None:
-    add_lineage(current_store(), small("l", tiny_base))
-    rows = ROWS.splitlines(keepends=True)
-    land(home, "parcels/2.jsonl", b"".join(rows[:20]), age=50)
-    land(home, "parcels/1.jsonl", b"".join(rows[20:40]), age=100)
-    result = asyncio.run(adapt_landed("l", settle_seconds=0.01))
-    assert [seen.key for seen in result.files] == ["inbox/parcels/1.jsonl", "inbox/parcels/2.jsonl"]
-    assert [version.parent_version for version in Versions(current_store()).all("l")] == [None, "1"]
-    assert asyncio.run(adapt_landed("l")).files == ()
-
-
-def test_a_run_that_finds_its_lineage_at_work_ends_at_once(home: Path, tiny_base: Path) -> None:
-    add_lineage(current_store(), small("busy", tiny_base))
-    land(home, "parcels/a.jsonl")
-
-    async def two() -> Any:
-        async with lock_lineage("busy"):
-            with pytest.raises(LineageBusyError):
-                async with lock_lineage("busy", wait=False):
-                    pass
-            return await adapt_landed("busy", settle_seconds=0.01)
-
-    assert asyncio.run(two()).files == ()
-    assert Versions(current_store()).all("busy") == ()
 
 
 def test_the_server_carries_the_automations_once() -> None:
@@ -220,18 +180,3 @@ def test_a_pause_stops_the_files_that_a_run_has_not_begun(
     assert {key: note.state for key, note in read_state(store, "l").arrivals.items()} == {
         "inbox/parcels/b.jsonl": "waiting"
     }
-
-
-def test_an_end_is_noted_until_its_file_is_gone_and_an_arrival_that_failed_stays_open(
-    home: Path, tmp_path: Path
-) -> None:
-    add_lineage(current_store(), lineage("l", base_model=str(tmp_path / "away")))
-    land(home, "parcels/a.jsonl")
-    land(home, "bank/bad.jsonl", b"nonsense\n")
-    result = asyncio.run(adapt_landed("l", settle_seconds=0.01))
-    assert sorted(seen.outcome for seen in result.files) == ["failed", "refused"]
-    (home / "store" / "inbox" / "bank" / "bad.jsonl").unlink()
-    land(home, "bank/worse.jsonl", b"more nonsense\n")
-    asyncio.run(adapt_landed("l", settle_seconds=0.01))
-    assert [*read_ended(current_store(), "l")] == ["inbox/bank/worse.jsonl"]
-    assert [*read_state(current_store(), "l").arrivals] == ["inbox/parcels/a.jsonl"]
