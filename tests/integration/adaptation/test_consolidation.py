@@ -30,7 +30,6 @@ from infra.run_journal import RunJournal
 from infra.versions import Version, Versions
 from tasks.context import current_store
 from tasks.housekeeping.arrivals import list_data
-from tasks.lineage.consolidation import ConsolidatePolicy
 from tasks.lineage.history import find_version
 from tasks.lineage.promotion import roll_back
 from tasks.lineage.record import read_record
@@ -315,9 +314,3 @@ def test_a_spent_budget_lets_a_watch_consolidate_and_learn_again_what_was_reject
     ]
     status = asyncio.run(read_status(home)).lineages[0]
     assert status.budget_points == 100.0 and status.consolidation is None and set(status.debts) == {"parcels-a"}
-
-
-def test_a_policy_needs_its_budget(tiny_base: Path) -> None:
-    with pytest.raises(ConfigError, match=r"consolidate\.when_spent needs gate\.max_total_drop_points"):
-        watched(tiny_base, when_spent=True)
-    assert not ConsolidatePolicy().is_on

@@ -15,8 +15,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from deal_core.adapter.files import ADAPTER_FILES, PROOF_FILE, digests_of
 from deal_core.errors import ConfigError, DataValidationError, RegistryError, StoreError
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
+from deal_core.evaluation.answering import SERVED_FILE
 from flows.adapt_result import AdaptResult
 from flows.champions import evaluate
 from infra.promotions import Move, PromotionLog
@@ -24,6 +26,7 @@ from infra.run_journal import Run, RunJournal
 from infra.versions import UNREGISTERED, Version, Versions
 from tasks.context import current_store
 from tasks.lineage.promotion import move_champion
+from tasks.lineage.record import RECORD_FILE
 from tasks.predict import predict
 from tests.adapting import BANK, CLINIC, FAIL, PASS, evaluation_of, next_parent, page_of, record_of, run, version_of
 from tests.conftest import MakeOnce
@@ -101,6 +104,8 @@ def test_the_first_arrival_becomes_champion_and_leaves_everything_in_its_place(f
     version = version_of(result)
     assert (version.since.promoted, version.run_key, version.standing) == (1, result.run_key, "learned")
     assert version.dataset_sha256 == result.dataset.sha256 and journal_of(result).state == "finished"
+    digests = digests_of(home / "store" / adapter, (*ADAPTER_FILES, PROOF_FILE, SERVED_FILE, RECORD_FILE))
+    assert version.files_sha256 == {name: (digest,) for name, digest in digests.items()} and len(digests) >= 5
     assert not list((home / "work").rglob("*.*")), "checkpoints were not deleted"
 
 
@@ -409,7 +414,8 @@ def test_a_version_that_another_has_overtaken_is_not_promoted(
     assert versions()[1:] == [("2", "bank", ("champion",)), ("3", "clinic", ("challenger",))]
     overtaken_version = Versions(current_store()).all("l")[2]
     assert overtaken_version.accepted and overtaken_version.since.promoted is None, "it does not continue the champion"
-    assert run(tiny_base, CLINIC).parent_version == "2", "the same command starts from the present champion"
+    parent = next_parent()
+    assert parent is not None and parent.version == "2", "the same command starts from the present champion"
 
 
 @pytest.mark.recentred

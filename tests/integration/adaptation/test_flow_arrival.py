@@ -199,12 +199,19 @@ def test_a_good_month_is_scored_and_becomes_part_of_the_reference(tiny_base: Pat
 
     # Rows that the line has learned say nothing: April's and May's are left out, whatever their label is now.
     old = [*rows(120, 1)[:10], *half_wrong(may[:20])]
-    june = learn(tiny_base, write(tmp_path / "june.csv", [*old, *rows(50, 4)])).arrival
-    assert june is not None and (june.num_rows, june.num_learned, june.of_rows) == (50, 30, 80)
-    assert june.num_reference == NUM_TESTS + 60
+    june = checked(write(tmp_path / "june.csv", [*old, *rows(50, 4)]))["score"]
+    assert (june["num_rows"], june["num_learned"], june["of_rows"]) == (50, 30, 80)
+    assert june["num_reference"] == NUM_TESTS + 60
     asyncio.run(forget(learned.dataset.sha256))
-    july = learn(tiny_base, write(tmp_path / "july.csv", rows(40, 5))).arrival
-    assert july is not None and july.num_reference == NUM_TESTS + 50, "a deleted month is no reference"
+    july = checked(write(tmp_path / "july.csv", rows(40, 5)))["score"]
+    assert july["num_reference"] == NUM_TESTS, "a deleted month is no reference"
+
+
+def checked(path: Path) -> Any:
+    """What `deal check` says of a file: the same score, and nothing is learned."""
+    found = CliRunner().invoke(app, ["check", str(path), "--task", "desk", "--lineage", "l", "--json"])
+    assert found.exit_code == 0, found.output
+    return json.loads(found.stdout)["arrival"]
 
 
 @pytest.mark.usefixtures("desk")
@@ -255,9 +262,7 @@ def test_rows_with_a_new_label_do_not_count(tiny_base: Path, tmp_path: Path) -> 
 def test_a_check_says_the_same_and_learns_nothing(tmp_path: Path) -> None:
     may = write(tmp_path / "may.csv", half_wrong(rows(60, 3)))
     before = {info.key: info.etag for info in current_store().list("")}
-    found = CliRunner().invoke(app, ["check", str(may), "--task", "desk", "--lineage", "l", "--json"])
-    assert found.exit_code == 0, found.output
-    arrival = json.loads(found.stdout)["arrival"]
+    arrival = checked(may)
     assert (arrival["score"]["verdict"], arrival["score"]["num_rows"]) == ("labels disagree", 60)
     assert all(row["row"] % 2 == 0 and row["text"] for row in arrival["contradictions"])
     assert {info.key: info.etag for info in current_store().list("")} == before

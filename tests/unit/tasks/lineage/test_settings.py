@@ -218,6 +218,7 @@ def test_a_base_in_the_lineage_s_file_is_never_a_folder_of_the_caller(
         ("{}", "strategy: magic", "s.yaml over file:"),
         ("memory: tests", "{}", "support.yaml: 'memory' is no setting any more: set rehearsal.rows, "),
         ("deal: {core: free}", "deal: {energy: 0.5}", "support.yaml: deal.core is free"),
+        ("consolidate: {when_spent: true}", "{}", "consolidate.when_spent needs gate.max_total_drop_points"),
         ("{}", "lineage: a/b\nx: 1", "s.yaml: 'lineage' is 'a/b'"),
         ("{}", "lineage: ../b", "s.yaml: 'lineage' is '../b'"),
         ("{}", "lineage: 5", "s.yaml: lineage is 5; give a text"),
