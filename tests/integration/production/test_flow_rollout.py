@@ -18,7 +18,7 @@ from infra.promotions import PromotionLog
 from infra.versions import Version, Versions
 from tasks.context import current_store
 from tasks.lineage.history import find_version
-from tasks.lineage.promotion import find_left_behind, promote_accepted, promote_to, reject_version, roll_back
+from tasks.lineage.promotion import find_left_behind, promote_accepted, promote_to, reject_version
 from tests.adapting import next_parent
 from tests.registering import register
 
@@ -85,14 +85,6 @@ def test_a_newer_version_takes_the_place_of_the_one_in_rollout() -> None:
     assert [each.version for each in find_left_behind("l")] == ["4"]
     finish_rollout("l", **BY)
     assert (in_rollout(), champion(), newest_move()) == (None, "5", ("promoted", "5", "5", "Ada"))
-
-
-def test_a_move_of_the_champion_ends_a_rollout() -> None:
-    begin("a")
-    roll_back("l", "1", **BY)
-    assert (in_rollout(), champion(), standing("4")) == (None, "1", "left behind")
-    promote_to("l", "3", **BY)
-    assert in_rollout() is None, "a rollout that ended does not come back"
 
 
 def test_a_person_or_the_rollout_rejects_the_version() -> None:

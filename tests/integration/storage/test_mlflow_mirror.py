@@ -8,11 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pytest
 from mlflow import MlflowClient
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from deal_pipeline.cli.app import app
@@ -98,23 +95,6 @@ def test_mlflow_gets_runs_models_versions_and_aliases(copied_home: Path) -> None
         assert {"report.html", "report.json", "evaluation.json"} <= {
             entry.path for entry in client().list_artifacts(of_run.info.run_id)
         }
-
-
-def test_the_champion_loads_by_its_alias_and_by_peft_alone(copied_home: Path, tiny_base: Path, tmp_path: Path) -> None:
-    mlflow.set_tracking_uri(TrackingSettings().tracking_uri)
-    try:
-        model = mlflow.pyfunc.load_model("models:/l@champion")
-        folder = Path(mlflow.artifacts.download_artifacts("models:/l@champion", dst_path=str(tmp_path)))
-    finally:
-        mlflow.set_tracking_uri(None)
-    (answer,) = model.predict([{"input": "I lost my card", "task": "bank"}]).to_dict("records")
-    assert (answer["task"], answer["lineage"]) == ("bank", "l") and answer["output"]
-    base = AutoModelForCausalLM.from_pretrained(tiny_base)
-    assert PeftModel.from_pretrained(base, folder).peft_config["default"].r == 16
-    head = (folder / "README.md").read_text().splitlines()[:25]
-    assert any("models:/l@champion" in line for line in head) and any(
-        "PeftModel.from_pretrained" in line for line in head
-    )
 
 
 def test_a_version_is_learned_and_promoted_while_mlflow_is_away_and_written_afterwards(

@@ -39,11 +39,12 @@ from infra.predictions import (
 )
 from infra.serving import prediction_log as logging_module
 from infra.serving.prediction_log import PredictionLog, open_prediction_log
-from infra.store.keys import batch_day, log_key
+from infra.store.keys import log_key
 from infra.store.local import FileStore
 from tests.served import WAIT_SECONDS, Champion, running
 
 SECRET = "Zanzibar"
+LOGS = ("predictions", "feedback")
 ROWS = {"dataframe_records": [{"input": f"the {SECRET} text", "task": "bank"}, {"input": " A ", "task": None}]}
 
 
@@ -158,17 +159,19 @@ def test_off_writes_nothing_and_answers_are_the_same(
         assert opened is not None and opened.keeps_texts == keeps_texts
 
 
-def test_a_server_keeps_its_log_as_long_as_the_settings_say(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_keeps_its_logs_as_long_as_the_settings_say(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEAL_LOG_PREDICTIONS", "numbers")
     monkeypatch.setenv("DEAL_LOG_RETENTION_DAYS", "7")
-    batches = {days: log_key("predictions", "l", datetime.now(UTC) - timedelta(days=days)) for days in (6, 20)}
+    now = datetime.now(UTC)
+    batches = {(log, days): log_key(log, "l", now - timedelta(days)) for log in LOGS for days in (6, 20)}
     for key in batches.values():
         store.put_bytes(key, b"")
     log = open_prediction_log(store, "l")
     assert log is not None
     log.start()
     try:
-        wait_until(lambda: {info.key for info in store.list("predictions/l")} == {batches[6]})
+        kept = {batches[log, 6] for log in LOGS}
+        wait_until(lambda: {info.key for log in LOGS for info in store.list(f"{log}/l")} == kept)
     finally:
         log.close()
 
@@ -309,23 +312,6 @@ def test_an_error_in_the_log_fails_no_request(store: FileStore, monkeypatch: pyt
         monkeypatch.setattr(logging_module, "predictions_of", fail)
         assert ask(log, "three") == [] and log.num_dropped == 2
     assert [*read_predictions(store, "l")["id"]] == [second]
-
-
-def test_a_server_removes_batches_beyond_the_retention_and_no_younger_ones(
-    store: FileStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging_module, "BATCH_SECONDS", 0.05)
-    with logging_to(store) as log:
-        ask(log, "a")
-    (young,) = (info.key for info in store.list("predictions"))
-    now = datetime.now(UTC)
-    for log_name in ("predictions", "feedback"):
-        for days in (29, 40):
-            store.put_bytes(log_key(log_name, "l", now - timedelta(days=days)), store.get_bytes(young))
-    with logging_to(store):
-        wait_until(lambda: len([*store.list("predictions")]) == 2 and len([*store.list("feedback")]) == 1)
-    days_left = {batch_day(info.key) for log_name in ("predictions", "feedback") for info in store.list(log_name)}
-    assert days_left == {now.date(), now.date() - timedelta(days=29)} and store.exists(young)
 
 
 @pytest.mark.parametrize("lineage", ["../../data", "..", "", "a/b", ".hidden"])
