@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,11 +17,9 @@ import pytest
 import tenacity
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
-from typer.testing import CliRunner
 
 import tasks.arrivals
 from benchmarks.tiny_base import NO_LIMITS
-from deal_pipeline.cli.app import app
 from deal_pipeline.server.status import read_status
 from flows.sensor import retrain
 from flows.watch import WatchResult, adapt_landed, watch
@@ -39,7 +36,9 @@ from tasks.lineage.retrain import RetrainPolicy, Waiting
 from tasks.lineage.settings import WatchedLineage, add_lineage, read_lineage
 from tasks.progress import reporting_to
 from tasks.spec import parse
-from tests.in_process import put_back
+from tests import arriving
+from tests.arriving import Said
+from tests.in_process import deal, deal_json
 from tests.registering import mlflow_run
 
 EXAMPLES = Path(__file__).parents[2] / "data" / "examples"
@@ -72,11 +71,7 @@ def add(base: Path, *, num_processes: int = 1, **policy: Any) -> WatchedLineage:
 
 
 def land(home: Path, name: str, rows: list[bytes], age: float = 100) -> None:
-    """Land a file. It keeps the time of its original, `age` seconds before a day of 2023, as a copy may."""
-    path = home / "store" / "inbox" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"".join(rows))
-    os.utime(path, (1_700_000_000 - age, 1_700_000_000 - age))
+    arriving.land(home, name, b"".join(rows), age)
 
 
 @contextmanager
@@ -168,8 +163,7 @@ def test_a_champion_that_answers_the_new_rows_well_enough_learns_nothing(tiny_ba
     newest = versions()[-1]
     assert mlflow_run("l", newest.run_key).data.metrics["arrival/accuracy"] == score.accuracy
     assert score.figure in read_page(current_store(), versions(), newest.version)[1]
-    with put_back():
-        shown = CliRunner().invoke(app, ["version", "list", "--lineage", "l"]).output
+    shown = deal("version", "list", "--lineage", "l")
     assert "on arrival" in shown and f"{100 * score.accuracy:.1f}" in shown
 
 
@@ -205,8 +199,7 @@ def test_new_labels_are_learned_however_well_the_champion_answers_the_other_rows
     land(home, "parcels/task.yaml", [b"metric: loss\n"])
     land(home, "parcels/1.jsonl", ROWS[:40])
     learn(now())
-    with put_back():
-        CliRunner().invoke(app, ["task", "add-label", "parcels", "stolen parcel", "--lineage", "l"])
+    deal("task", "add-label", "parcels", "stolen parcel", "--lineage", "l")
     row = {**json.loads(ROWS[60]), "label": "stolen parcel"}
     land(home, "parcels/2.jsonl", [*ROWS[40:60], json.dumps(row).encode() + b"\n"])
     assert learn(now()) == [("parcels/2.jsonl", "promoted", "2")]
@@ -282,22 +275,6 @@ def test_a_bad_file_is_refused_alone_and_the_good_ones_are_learned(tiny_base: Pa
     assert read_state(current_store(), "l").batches == ()
 
 
-class Said:
-    """Keeps the messages of a run."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def said(self, message: str) -> None:
-        self.lines.append(message)
-
-    def stage_started(self, stage: str) -> None: ...
-
-    def advanced(self, stage: str, done: float, total: float | None, detail: str = "") -> None: ...
-
-    def stage_finished(self, stage: str, seconds: float, detail: str) -> None: ...
-
-
 def test_the_commands_say_what_waits_and_for_how_long(tiny_base: Path, home: Path) -> None:
     spec = add(tiny_base, **WEEKLY, min_rows=200, max_wait_days=7)
     land(home, "parcels/1.jsonl", ROWS[:40])
@@ -308,11 +285,8 @@ def test_the_commands_say_what_waits_and_for_how_long(tiny_base: Path, home: Pat
     (line,) = said.lines
     assert line.startswith("parcels: 1 file with 40 rows has been waiting since ")
     assert "40 of 200 rows have landed; the next check is on Sun " in line
-    with put_back():
-        answer = CliRunner().invoke(app, ["status"])
-        as_json = json.loads(CliRunner().invoke(app, ["status", "--json"]).output)
-    assert " ".join(line.split()) in " ".join(answer.output.split())
-    (lineage,) = as_json["lineages"]
+    assert " ".join(line.split()) in " ".join(deal("status").split())
+    (lineage,) = deal_json("status")["lineages"]
     assert (lineage["waiting"][0]["num_rows"], lineage["waiting"][0]["is_due"]) == (40, False)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +10,10 @@ from typing import Any
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
 import deal_pipeline.cli.demo
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from deal_core.errors import StoreError, TrainingDivergedError
-from deal_pipeline.cli.app import app
 from deal_pipeline.server.status import read_status
 from flows.watch import WatchResult, watch
 from infra.store.base import ObjectStore
@@ -28,26 +25,11 @@ from tasks.inbox import look as look_at_inbox
 from tasks.lineage.settings import WatchedLineage, add_lineage
 from tasks.progress import Interrupted, ask_to_stop, reporting_to
 from tasks.spec import parse
-from tests.in_process import put_back
+from tests.arriving import Said, land
+from tests.in_process import deal
 from tests.receiver import Receiver
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home", "without_mlflow")
-
-
-class Said:
-    """Keeps the messages of a run."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def said(self, message: str) -> None:
-        self.lines.append(message)
-
-    def stage_started(self, stage: str) -> None: ...
-
-    def advanced(self, stage: str, done: float, total: float | None, detail: str = "") -> None: ...
-
-    def stage_finished(self, stage: str, seconds: float, detail: str) -> None: ...
 
 
 def lineage(base: Path, **settings: Any) -> WatchedLineage:
@@ -66,15 +48,6 @@ def look(spec: WatchedLineage, **options: Any) -> tuple[WatchResult, list[str]]:
     with reporting_to(said):
         result = asyncio.run(watch(spec, once=True, poll_seconds=0.01, **options))
     return result, said.lines
-
-
-def land(home: Path, name: str, content: bytes, age: int = 100) -> Path:
-    path = home / "store" / "inbox" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    stamp = 1_700_000_000 - age
-    os.utime(path, (stamp, stamp))
-    return path
 
 
 def outcomes(result: WatchResult) -> list[tuple[str, str]]:
@@ -169,9 +142,8 @@ def test_a_file_that_failed_is_learned_once_nothing_hinders_it(
     (status,) = asyncio.run(read_status(home)).lineages
     assert status.num_open == 0 and "deal adapt SPEC --watch --once --lineage l" in status.failed[0]
     assert "tried again from" not in status.failed[0]
-    with put_back():
-        codes = [CliRunner().invoke(app, ["status", "--json", *words]).exit_code for words in ([], ["--check"])]
-    assert codes == [0, 1]
+    deal("status")
+    deal("status", "--check", code=1)
     with monkeypatch.context() as patch:
         patch.setattr(Versions, "register", fail)
         failed, said = look(lineage(tiny_base))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,11 @@ from tasks.context import current_store
 from tasks.inbox import look as look_at_inbox
 from tasks.lineage.settings import WatchedLineage, add_lineage, list_lineages, pause_lineage, read_lineage
 from tasks.spec import parse
+from tests.arriving import land
 
 ROWS = (EXAMPLES / "parcels" / "messages.jsonl").read_bytes()
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home", "without_mlflow", "adapt_deployment")
-
-
-def land(home: Path, name: str, content: bytes = ROWS, age: int = 100) -> None:
-    path = home / "store" / "inbox" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    stamp = 1_700_000_000 - age
-    os.utime(path, (stamp, stamp))
 
 
 def lineage(name: str, **settings: Any) -> WatchedLineage:
@@ -46,8 +38,8 @@ def look() -> int:
 def test_each_lineage_is_told_of_its_tasks(home: Path) -> None:
     add_lineage(current_store(), lineage("all"))
     add_lineage(current_store(), lineage("some", tasks=["clinic"]))
-    land(home, "parcels/a.jsonl")
-    land(home, "clinic/a.csv")
+    land(home, "parcels/a.jsonl", ROWS)
+    land(home, "clinic/a.csv", ROWS)
     assert look() == 2
     assert {name: sorted(read_state(current_store(), name).arrivals) for name in ("all", "some")} == {
         "all": ["inbox/clinic/a.csv", "inbox/parcels/a.jsonl"],
@@ -66,7 +58,7 @@ def test_a_run_does_not_wait_for_a_folder_that_may_be_written_for_long(
 ) -> None:
     """It would keep a worker. The folder is announced when it is complete."""
     add_lineage(current_store(), lineage("l", tasks=["parcels"]))
-    land(home, "parcels/may/a.jsonl")
+    land(home, "parcels/may/a.jsonl", ROWS)
     assert look() == 0
     run = asyncio.wait_for(adapt_landed("l", settle_seconds=0.1), timeout=120)
     assert asyncio.run(run).files == ()
@@ -78,7 +70,7 @@ def test_a_held_lineage_is_told_of_nothing_until_it_may_learn_again(home: Path) 
     for name in ("held", "other"):
         add_lineage(current_store(), lineage(name, tasks=["parcels"]))
     pause_lineage(current_store(), "held", "the labels are being corrected")
-    land(home, "parcels/a.jsonl")
+    land(home, "parcels/a.jsonl", ROWS)
     assert look() == 1 and told_lineages() == {"other"}
     assert asyncio.run(adapt_landed("held", settle_seconds=0.1)).files == ()
     pause_lineage(current_store(), "held", None)
@@ -89,7 +81,7 @@ def test_a_held_lineage_is_told_of_nothing_until_it_may_learn_again(home: Path) 
 def test_a_look_lists_the_inbox_once_for_all_lineages(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add_lineage(current_store(), lineage("one"))
     add_lineage(current_store(), lineage("two"))
-    land(home, "parcels/a.jsonl")
+    land(home, "parcels/a.jsonl", ROWS)
     listed: list[str] = []
     original = FileStore.list
     monkeypatch.setattr(FileStore, "list", lambda self, prefix="": listed.append(prefix) or original(self, prefix))
@@ -102,7 +94,7 @@ def test_a_task_file_is_read_again_when_it_has_changed_and_not_before(
 ) -> None:
     land(home, "bank/task.yaml", b"test_data: old.jsonl\n")
     for name in ("old", "new"):
-        land(home, f"bank/{name}.jsonl")
+        land(home, f"bank/{name}.jsonl", ROWS)
     land(home, "parcels/task.yaml", b"instruction: Which?\n")
     read: list[str] = []
     original = FileStore.get_bytes
@@ -123,7 +115,7 @@ def test_what_is_wrong_with_one_lineage_holds_up_no_other(home: Path) -> None:
     add_lineage(current_store(), lineage("damaged"))
     add_lineage(current_store(), lineage("whole"))
     current_store().put_bytes("lineages/damaged.state.json", b"nonsense")
-    land(home, "parcels/a.jsonl")
+    land(home, "parcels/a.jsonl", ROWS)
     assert look() == 1
     assert read_state(current_store(), "whole").claimed is not None
 

@@ -48,6 +48,7 @@ from tasks.context import current_store
 from tests.fake_vllm import NOTHING, WAIT_SECONDS, FakeVllm, running
 from tests.served import following
 from tests.stored_versions import move, store_version
+from tests.waiting import wait_for
 
 TASKS = (
     TaskSchema(name="bank", labels=("card lost", "card stolen", "balance"), instruction="What is it about?"),
@@ -197,13 +198,6 @@ def front(*engines: FakeVllm, said: list[str] | None = None, **settings: Any) ->
             yield Front(f"http://127.0.0.1:{port}", champion, on_engines, said, loop)
     finally:
         log.close()
-
-
-def wait_for(check: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not check():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def events_of(answer: httpx.Response) -> Iterator[dict[str, Any]]:

@@ -39,7 +39,7 @@ from tasks.spec import AdaptSpec, parse
 from tests.adapting import next_parent
 from tests.conftest import MakeOnce
 from tests.e2e.command import DEAL, environment
-from tests.in_process import KilledError
+from tests.in_process import KilledError, deal, deal_json
 from tests.integration.conftest import copy_home
 from tests.loopback import Loopback, free_port
 from tests.receiver import Receiver
@@ -118,19 +118,16 @@ def aliases() -> dict[str, str]:
 
 @pytest.mark.usefixtures("lineage")
 def test_page_and_lists_say_that_a_version_was_rolled_back_and_why(home: Path) -> None:
-    def shown(*words: str) -> str:
-        return CliRunner().invoke(app, [*words, "--home", str(home)]).stdout
-
     page = home / "page.html"
     commands = {
         "list": ["version", "list", "--lineage", "l"],
         "show": ["version", "show", "2", "--lineage", "l", "--report", "--out", str(page)],
         "data": ["data", "list"],
     }
-    before = {name: shown(*words) for name, words in commands.items()} | {"page": page.read_text()}
+    before = {name: deal(*words) for name, words in commands.items()} | {"page": page.read_text()}
     assert not any("rolled back" in text for text in before.values())
     roll_back("l", None, who="tester", why="wrong <labels>")
-    after = {name: shown(*words) for name, words in commands.items()} | {"page": page.read_text()}
+    after = {name: deal(*words) for name, words in commands.items()} | {"page": page.read_text()}
     said = "rolled back to version 1 on "
     assert all(said in " ".join(text.split()) for text in after.values())
     assert all("wrong <labels>" in " ".join(after[name].split()) for name in commands)
@@ -339,15 +336,13 @@ def test_each_decision_stands_and_ends_well_without_its_prefect_server(home: Pat
 
 
 @pytest.mark.usefixtures("lineage")
-def test_the_commands_say_what_they_did(home: Path) -> None:
-    def deal(*words: str) -> Any:
-        found = CliRunner().invoke(app, [*words, "--lineage", "l", "--home", str(home), "--json"])
-        assert found.exit_code == 0, found.output
-        return json.loads(found.stdout)
+def test_the_commands_say_what_they_did() -> None:
+    def version(*words: str) -> Any:
+        return deal_json("version", *words, "--lineage", "l")
 
-    assert deal("version", "rollback", "--reason", "complaints")["left_behind"][0]["task"] == "parcels"
-    assert deal("version", "list", "--moves")[-1]["why"] == "complaints"
-    assert deal("version", "list", "--at", "2001-01-01")["champion"] is None
-    assert deal("version", "list", "--at", f"{datetime.now():%Y-%m-%dT23:59:59}")["champion"] == "1"
-    assert [each["version"] for each in deal("version", "requeue")] == ["2"]
-    assert deal("version", "promote", "2")["champion"] == "2"
+    assert version("rollback", "--reason", "complaints")["left_behind"][0]["task"] == "parcels"
+    assert version("list", "--moves")[-1]["why"] == "complaints"
+    assert version("list", "--at", "2001-01-01")["champion"] is None
+    assert version("list", "--at", f"{datetime.now():%Y-%m-%dT23:59:59}")["champion"] == "1"
+    assert [each["version"] for each in version("requeue")] == ["2"]
+    assert version("promote", "2")["champion"] == "2"

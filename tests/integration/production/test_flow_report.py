@@ -22,11 +22,9 @@ from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.settings import get_current_settings
-from typer.testing import CliRunner
 
 from benchmarks.tiny_base import NO_LIMITS
 from deal_core.errors import ConfigError, DataValidationError, RegistryError
-from deal_pipeline.cli.app import app
 from deal_pipeline.server.automations import NEVER_BEGAN, apply_notifications, automations, notifications
 from flows.adapt import adapt
 from flows.adapt_result import AdaptResult
@@ -36,7 +34,7 @@ from tasks.lineage.frozen_rows import ANSWERS_FILE
 from tasks.lineage.reports import save_report
 from tasks.notices import Notice, announce, announce_failure
 from tasks.spec import AdaptSpec, parse
-from tests.in_process import put_back
+from tests.in_process import deal, deal_json
 from tests.receiver import Receiver
 from tests.registering import mlflow_run
 
@@ -69,14 +67,6 @@ def learn(base: Path, file: Path, lineage: str, task: str, **settings: Any) -> A
         **settings,
     }
     return asyncio.run(adapt(parse(AdaptSpec, values, "test")))
-
-
-def deal(*arguments: str) -> Any:
-    """The JSON output of a command. Its changes in this process are undone."""
-    with put_back():
-        result = CliRunner().invoke(app, list(arguments))
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
 
 
 def ask(path: str, body: Any) -> Any:
@@ -149,10 +139,10 @@ def test_a_page_is_shown_in_mlflow_and_written_again_from_the_store_alone(
     (home / "mlflow.db").unlink()
     shutil.rmtree(home / "mlflow-artifacts")
     file = tmp_path / "new" / "page.html"
-    shown = deal("version", "show", "2", "--report", "--lineage", "pages", "--out", str(file), "--json")
+    shown = deal_json("version", "show", "2", "--report", "--lineage", "pages", "--out", str(file))
     assert file.read_bytes() == page and b"Version 2 of pages has learned second, passed the gate" in page
     assert (shown["page"], shown["version"]["since"]["standing"]) == (str(file), "learned")
-    deal("version", "show", "1", "--report", "--lineage", "pages", "--json")
+    deal("version", "show", "1", "--report", "--lineage", "pages")
     assert b"Version 1 of pages" in (home / "reports" / "pages-1.html").read_bytes()
 
     first, second = receiver.told()

@@ -7,11 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from deal_core.errors import RegistryError
 from deal_core.judging_config import RolloutTerms
-from deal_pipeline.cli.app import app
 from flows.champions import abort_rollout, check_rollout, finish_rollout
 from flows.promote import decide
 from infra.promotions import PromotionLog
@@ -20,6 +18,7 @@ from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.promotion import find_left_behind, promote_accepted, promote_to, reject_version
 from tests.adapting import next_parent
+from tests.in_process import deal, deal_json
 from tests.registering import register
 
 BY = {"who": "Ada", "why": "a test"}
@@ -112,18 +111,12 @@ def test_with_an_approval_the_person_begins_the_rollout(by_form: bool) -> None:
     assert promote_to("l", "4", **BY).action == "promoted" and (in_rollout(), champion()) == (None, "4")
 
 
-def test_the_commands_say_what_is_tried(home: Path) -> None:
-    def deal(*words: str) -> str:
-        done = CliRunner().invoke(app, [*words, "--lineage", "l", "--home", str(home)])
-        assert done.exit_code == 0, done.output
-        return done.stdout
-
-    assert json.loads(deal("rollout", "status", "--json"))["status"]["version"] is None
+def test_the_commands_say_what_is_tried() -> None:
+    assert deal_json("rollout", "status")["status"]["version"] is None
     begin("a")
-    found = json.loads(deal("rollout", "status", "--apply", "--json"))
+    found = deal_json("rollout", "status", "--apply")
     assert found["decision"] is None and found["status"]["report"]["verdict"] == "goes on"
     assert "0 of 200 answers count. It goes on." in deal("rollout", "status")
     assert "rollout" in deal("version", "list")
-    status = CliRunner().invoke(app, ["status", "--home", str(home)]).stdout
-    assert "l rollout: version 4 is tried (canary) since" in status
+    assert "l rollout: version 4 is tried (canary) since" in deal("status")
     assert "Champion of l: version 4" in deal("rollout", "finish", "--reason", "enough")

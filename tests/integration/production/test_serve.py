@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
 from tasks.lineage.version_files import borrowed_adapter
 from tasks.mlflow_mirror import sync_lineage
+from tests.waiting import wait_for
 
 WAIT_SECONDS = 300.0
 TEXTS = texts_to_ask()[:12]
@@ -68,13 +69,6 @@ def versions(serving_home: Path, tiny_base: Path) -> Expected:
     expected = answers_of(["1", "2"], TEXTS, "bank")
     assert sum(first != second for first, second in zip(*expected.values(), strict=True)) >= 4
     return expected
-
-
-def wait_for(check: Callable[[], bool], seconds: float = WAIT_SECONDS) -> None:
-    deadline = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def state(url: str) -> dict[str, str | None]:
@@ -314,7 +308,7 @@ def test_mlflow_models_serve_answers_with_the_champion(versions: Expected, free_
             return False
 
     try:
-        wait_for(is_up, 240)
+        wait_for(is_up)
         assert httpx.post(f"{url}/invocations", json=example, timeout=60).is_success
         rows = [{"input": text, "task": "bank"} for text in TEXTS[:2]]
         answer = httpx.post(f"{url}/invocations", json={"dataframe_records": rows}, timeout=60)

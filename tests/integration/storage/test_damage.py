@@ -26,7 +26,7 @@ from tasks.lineage.record import read_record
 from tasks.predict import predict
 from tasks.serving.export import export_version
 from tests.adapting import BANK, CLINIC, run
-from tests.in_process import put_back
+from tests.in_process import deal, put_back
 from tests.stored_versions import put_version
 
 ENTRIES = (("versions", "00000002.json"), ("runs", "*.json"))
@@ -166,9 +166,7 @@ def test_a_promotion_log_without_its_end_is_named_by_status_list_and_adapt(
     with pytest.raises(StoreError) as refused:
         run(tiny_base, BANK, again=True)
     assert refused.value.code == "moves-lost"
-    with put_back():
-        listed = CliRunner().invoke(app, ["version", "list", "--lineage", "l", "--json"])
-    assert json.loads(listed.stderr)["code"] == "moves-lost"
+    assert json.loads(deal("version", "list", "--lineage", "l", "--json", code=1))["code"] == "moves-lost"
     (problem,) = look(home).damaged
     assert "Restore the folder from a backup" in problem and exit_code_of_status() == 1
 
@@ -178,9 +176,8 @@ def test_altered_test_rows_are_not_scored_and_nothing_is_trained_before_that_is_
 ) -> None:
     swap_answers(datasets["bank"] / "test.parquet")
     said = r"test\.parquet, the test rows of task 'bank', is damaged .*altered.*Restore it from a backup of the store"
-    with put_back():
-        done = CliRunner().invoke(app, ["version", "evaluate", "--lineage", "l", "--json"])
-    assert done.exit_code == 1 and "Traceback" not in done.output and re.search(said, " ".join(done.output.split()))
+    done = deal("version", "evaluate", "--lineage", "l", "--json", code=1)
+    assert "Traceback" not in done and re.search(said, " ".join(done.split()))
     for task in (BANK, CLINIC):
         with pytest.raises(DealError, match=said):
             run(tiny_base, task, again=True)

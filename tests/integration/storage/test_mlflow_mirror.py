@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from typer.testing import CliRunner
 
-from deal_pipeline.cli.app import app
 from deal_pipeline.server.status import read_status
 from flows.forget import forget
 from flows.mlflow import sync_mlflow
@@ -27,7 +24,7 @@ from tasks.context import current_store
 from tasks.lineage.promotion import roll_back
 from tasks.mlflow_mirror import WITH_ROWS, Synced, sync_lineage
 from tests.adapting import BANK, run
-from tests.in_process import KilledError, put_back
+from tests.in_process import KilledError, deal, deal_json
 from tests.receiver import Receiver
 from tests.registering import in_mlflow, mlflow_run, register
 
@@ -173,15 +170,8 @@ def test_an_error_that_nobody_expected_is_returned_and_the_next_call_writes_ever
 
 def test_the_command_says_what_it_wrote(copied_home: Path) -> None:
     register("fourth")
-
-    def deal(*words: str) -> str:
-        with put_back():
-            done = CliRunner().invoke(app, ["server", "sync", *words, "--home", str(copied_home)])
-        assert done.exit_code == 0, done.output
-        return done.stdout
-
-    assert json.loads(deal("l", "--json"))[0]["written"] == ["version 4", "report 4", "move 2"]
-    assert deal() == "l: MLflow lacked nothing.\n"
+    assert deal_json("server", "sync", "l")[0]["written"] == ["version 4", "report 4", "move 2"]
+    assert deal("server", "sync") == "l: MLflow lacked nothing.\n"
 
 
 class TestMovesByHand:

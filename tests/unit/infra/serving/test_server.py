@@ -7,7 +7,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from infra.serving import run, server
 from infra.serving.run import API_KEY, _api_key
 from infra.store.local import FileStore
 from tests.served import WAIT_SECONDS, Champion, running
+from tests.waiting import wait_for
 
 JSON = {"Content-Type": "application/json"}
 ROW = {"dataframe_records": [{"input": "a text", "task": "bank"}]}
@@ -341,14 +342,14 @@ def test_too_many_connections_get_503_until_some_are_closed(
         assert ask(port, ROW).status_code == 503 and not healthy(port)
         for connection in opened:
             connection.close()
-        wait_until(lambda: healthy(port))
+        wait_for(lambda: healthy(port))
         assert ask(port, ROW).is_success
 
 
 def test_slow_bodies_take_no_place_from_others(port: int) -> None:
     """More of them than requests may be in flight, from the same address."""
     opened = [connect(port, sent=LARGE) for _ in range(server.MAX_IN_FLIGHT + 10)]
-    wait_until(lambda: f"deal_requests_in_flight {len(opened)}.0" in metrics(port))
+    wait_for(lambda: f"deal_requests_in_flight {len(opened)}.0" in metrics(port))
     assert healthy(port) and ask(port, ROW).is_success
     assert all(map(is_open, opened))
     for connection in opened:
@@ -357,13 +358,6 @@ def test_slow_bodies_take_no_place_from_others(port: int) -> None:
 
 def metrics(port: int) -> str:
     return httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=60).text
-
-
-def wait_until(check: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not check():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_the_end_waits_for_requests_in_flight(champion: Champion, tmp_path: Path) -> None:
