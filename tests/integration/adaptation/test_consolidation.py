@@ -149,6 +149,7 @@ def test_a_consolidation_learns_all_arrivals_and_is_judged_against_the_champion(
     assert {part.version for part in plan("l").parts} == {"1", "2", "4"}
 
 
+@pytest.mark.usefixtures("without_mlflow")
 def test_what_is_left_is_learned_and_what_is_gone_is_named(tiny_base: Path, tmp_path: Path, home: Path) -> None:
     files = {}
     for task in (BANK, CLINIC):
@@ -196,7 +197,7 @@ def test_kept_rows_stand_in_for_rows_that_are_gone(tiny_base: Path, tmp_path: Pa
 
 
 @pytest.mark.nightly
-@pytest.mark.usefixtures("learned")
+@pytest.mark.usefixtures("learned", "without_mlflow")
 def test_rows_that_were_forgotten_are_never_learned_again(tiny_base: Path, tmp_path: Path) -> None:
     file = tmp_path / "more.jsonl"
     rows = [json.loads(line) for line in Path(BANK["data"]).read_text().splitlines()]
@@ -227,7 +228,7 @@ def has_one_consolidation(home: Path) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.usefixtures("learned")
+@pytest.mark.usefixtures("learned", "without_mlflow")
 @pytest.mark.parametrize("stage", ["evaluate_version", "register_version", "promote_version", "report_version"])
 def test_a_consolidation_that_died_later_is_completed(home: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def die(*given: Any, **more: Any) -> None:
@@ -242,7 +243,7 @@ def test_a_consolidation_that_died_later_is_completed(home: Path, stage: str, mo
     has_one_consolidation(home)
 
 
-@pytest.mark.usefixtures("learned")
+@pytest.mark.usefixtures("learned", "without_mlflow")
 def test_the_command_shows_the_plan_asks_and_trains() -> None:
     shown = CliRunner().invoke(app, ["lineage", "consolidate", "l", "--dry-run", "--json"])
     planned = json.loads(shown.stdout)
@@ -279,6 +280,7 @@ def look(spec: WatchedLineage) -> WatchResult:
     return asyncio.run(watch(spec, once=True, poll_seconds=0.1))
 
 
+@pytest.mark.usefixtures("without_mlflow")
 def test_a_spent_budget_lets_a_watch_consolidate_and_learn_again_what_was_rejected(
     tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,6 +125,7 @@ def test_the_loss_of_rows_that_are_held_back_is_in_mlflow_and_on_the_page(
     assert {point.step: point.value for point in history} == pytest.approx(dict(points))
 
 
+@pytest.mark.usefixtures("without_mlflow")
 def test_the_next_arrival_continues_the_champion_and_every_task_is_judged(
     tiny_base: Path, tmp_path: Path, first: AdaptResult
 ) -> None:
@@ -154,6 +155,7 @@ def test_the_next_arrival_continues_the_champion_and_every_task_is_judged(
     assert sizes == [[tests["bank"], tests["clinic"]]] * 3
 
 
+@pytest.mark.usefixtures("without_mlflow")
 def test_a_version_that_few_rows_judged_waits_if_it_is_asked_to(tiny_base: Path, first: AdaptResult) -> None:
     second = run(tiny_base, CLINIC, gate={**PASS, "max_drop_points": 1.0, "unsure": "approve"})
     (unsure,) = second.unsure
@@ -300,6 +302,7 @@ def test_another_base_model_needs_another_lineage(tiny_base: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("is_written", [False, True])
+@pytest.mark.usefixtures("without_mlflow")
 def test_a_promotion_cut_short_is_completed_by_the_next_run(
     tiny_base: Path, home: Path, first: AdaptResult, monkeypatch: pytest.MonkeyPatch, is_written: bool
 ) -> None:
@@ -324,6 +327,7 @@ def test_a_promotion_cut_short_is_completed_by_the_next_run(
     assert not list((home / "store" / "datasets").rglob("train.parquet")), "the rows are learned"
 
 
+@pytest.mark.usefixtures("without_mlflow")
 def test_a_report_that_fails_after_a_promotion_fails_no_run_and_a_later_run_writes_it(
     tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch, receiver: Receiver
 ) -> None:
@@ -395,6 +399,7 @@ def test_an_again_that_is_started_again_after_it_registered_trains_nothing(
     assert versions() == [("1", "bank", ("previous",)), ("2", "bank", ("challenger", "champion"))]
 
 
+@pytest.mark.usefixtures("without_mlflow")
 def test_a_version_that_another_has_overtaken_is_not_promoted(
     tiny_base: Path, first: AdaptResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -419,6 +424,7 @@ def test_a_version_that_another_has_overtaken_is_not_promoted(
 
 
 @pytest.mark.recentred
+@pytest.mark.usefixtures("without_mlflow")
 def test_a_label_that_takes_over_the_answers_is_named_with_its_cost(tiny_base: Path, tmp_path: Path) -> None:
     files = {}
     for split, is_open in (("train", lambda i: i % 12 == 0), ("test", lambda i: i % 2 == 0)):

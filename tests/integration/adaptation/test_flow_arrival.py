@@ -122,7 +122,7 @@ def desk(first_month: Path, copy_to_home: Callable[[Path], Path]) -> None:
     copy_to_home(first_month)
 
 
-@pytest.mark.usefixtures("desk")
+@pytest.mark.usefixtures("desk", "without_mlflow")
 def test_wrong_labels_are_held_before_any_training_until_a_person_lets_them_go(
     tiny_base: Path, tmp_path: Path, receiver: Receiver
 ) -> None:
@@ -171,7 +171,7 @@ def _notes() -> Iterator[Path]:
     yield from (path for name in ("lineages", "arrivals") for path in (root / name).rglob("*.json"))
 
 
-@pytest.mark.usefixtures("desk")
+@pytest.mark.usefixtures("desk", "without_mlflow")
 def test_corrected_labels_are_another_arrival(tiny_base: Path, tmp_path: Path) -> None:
     right = rows(60, 3)
     may = write(tmp_path / "may.csv", half_wrong(right))
@@ -214,7 +214,7 @@ def checked(path: Path) -> Any:
     return json.loads(found.stdout)["arrival"]
 
 
-@pytest.mark.usefixtures("desk")
+@pytest.mark.usefixtures("desk", "without_mlflow")
 def test_a_watch_holds_wrong_labels_goes_on_and_learns_what_is_released(tiny_base: Path, home: Path) -> None:
     inbox = home / "store" / "inbox" / "desk"
     may = write(inbox / "1-may.csv", half_wrong(rows(60, 3)))
@@ -238,7 +238,7 @@ def test_a_watch_holds_wrong_labels_goes_on_and_learns_what_is_released(tiny_bas
 
 
 @pytest.mark.nightly
-@pytest.mark.usefixtures("desk")
+@pytest.mark.usefixtures("desk", "without_mlflow")
 @pytest.mark.parametrize(("setting", "verdict"), [("warn", "labels disagree"), ("off", "as expected")])
 def test_by_its_settings_an_arrival_is_learned_with_a_note_or_without(
     tiny_base: Path, tmp_path: Path, setting: str, verdict: str
@@ -250,7 +250,7 @@ def test_by_its_settings_an_arrival_is_learned_with_a_note_or_without(
 
 
 @pytest.mark.nightly
-@pytest.mark.usefixtures("desk")
+@pytest.mark.usefixtures("desk", "without_mlflow")
 def test_rows_with_a_new_label_do_not_count(tiny_base: Path, tmp_path: Path) -> None:
     add_labels("l", "desk", ["theft"])
     new = [(text, "theft") for text, _ in rows(60, 6)]

@@ -31,7 +31,7 @@ from tasks.references import TrainedAdapter
 from tasks.spec import AdaptSpec, parse
 from tests.adapting import BANK, CLINIC, FAIL, run
 
-pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+pytestmark = pytest.mark.usefixtures("prefect_api", "home", "without_mlflow")
 QUICK = {"max_steps": 3, "max_prompt_tokens": 192, "max_answer_tokens": 12, "checkpoint_steps": 0}
 STAGES = (
     find_parent,

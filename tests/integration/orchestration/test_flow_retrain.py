@@ -123,6 +123,7 @@ def num_read(version: Version) -> int:
     return read_manifest(current_store(), folder).num_read
 
 
+@pytest.mark.usefixtures("without_mlflow")
 def test_what_waits_for_a_schedule_is_learned_together_at_its_time(tiny_base: Path, home: Path) -> None:
     add(tiny_base, **WEEKLY)
     land(home, "parcels/1.jsonl", ROWS[:30])
@@ -194,6 +195,7 @@ def test_several_processes_score_the_champion_on_the_new_rows_as_one_does(
     assert not list((home / "tmp").iterdir()), "the files of the processes were not deleted"
 
 
+@pytest.mark.usefixtures("without_mlflow")
 def test_new_labels_are_learned_however_well_the_champion_answers_the_other_rows(tiny_base: Path, home: Path) -> None:
     add(tiny_base, skip_if_accuracy=ALWAYS)
     land(home, "parcels/task.yaml", [b"metric: loss\n"])
@@ -205,6 +207,7 @@ def test_new_labels_are_learned_however_well_the_champion_answers_the_other_rows
     assert learn(now()) == [("parcels/2.jsonl", "promoted", "2")]
 
 
+@pytest.mark.usefixtures("without_mlflow")
 def test_what_exceeds_the_months_budget_waits_for_the_next_month(tiny_base: Path, home: Path) -> None:
     policy = add(tiny_base, budget_hours=1e-6).retrain
     land(home, "parcels/1.jsonl", ROWS[:40], age=200)
@@ -218,6 +221,7 @@ def test_what_exceeds_the_months_budget_waits_for_the_next_month(tiny_base: Path
     assert learn(following) == [("bank/1.jsonl", "promoted", "2")]
 
 
+@pytest.mark.usefixtures("without_mlflow")
 def test_a_run_that_was_killed_learns_exactly_the_files_that_it_had_fixed(tiny_base: Path, home: Path) -> None:
     add(tiny_base, min_rows=50)
     land(home, "parcels/1.jsonl", ROWS[:30], age=200)
@@ -258,6 +262,7 @@ asyncio.run(flows.watch.watch.fn(read_lineage(current_store(), "l"), True, 0.01)
         child.communicate()
 
 
+@pytest.mark.usefixtures("without_mlflow")
 def test_a_bad_file_is_refused_alone_and_the_good_ones_are_learned(tiny_base: Path, home: Path) -> None:
     add(tiny_base, min_rows=50)
     land(home, "parcels/damaged.parquet", [b"nonsense"], age=400)

@@ -29,8 +29,10 @@ from deal_pipeline.server.automations import NEVER_BEGAN, apply_notifications, a
 from flows.adapt import adapt
 from flows.adapt_result import AdaptResult
 from infra.report.run_report import RunReport
+from infra.store.keys import report_key
 from tasks.context import current_store
 from tasks.lineage.frozen_rows import ANSWERS_FILE
+from tasks.lineage.history import find_version
 from tasks.lineage.reports import save_report
 from tasks.notices import Notice, announce, announce_failure
 from tasks.spec import AdaptSpec, parse
@@ -202,18 +204,18 @@ def test_no_text_of_a_row_gets_out_unless_it_may(
     assert PLANTED not in json.dumps(runs) and not [log for log in logs if PLANTED in log["message"]]
 
 
-def test_a_version_without_report_data_is_refused_in_words(home: Path, tiny_base: Path, tmp_path: Path) -> None:
-    result = learn(tiny_base, write_rows(tmp_path / "a.jsonl", "a"), "old", "a", gate={"min_accuracy": 1.0})
-    assert result.status == "rejected"
-    page = save_report("old", "1", tmp_path / "page.html").read_text(encoding="utf-8")
+def test_a_version_without_report_data_is_refused_in_words(copied_home: Path, tmp_path: Path) -> None:
+    """Version 2 of `l` was rejected."""
+    page = save_report("l", "2", tmp_path / "page.html").read_text(encoding="utf-8")
     assert "was rejected by the gate" in page
+    (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="--out"):
-        save_report("old", "1", tmp_path / "a.jsonl" / "page.html")
-    next((home / "store" / "reports").rglob("report.json")).unlink()
+        save_report("l", "2", tmp_path / "file" / "page.html")
+    current_store().delete(report_key("l", find_version(current_store(), "l", "2").run_key, "report.json"))
     with pytest.raises(RegistryError, match="has no report"):
-        save_report("old", "1", tmp_path / "page.html")
+        save_report("l", "2", tmp_path / "page.html")
     with pytest.raises(RegistryError, match="no version 7"):
-        save_report("old", "7", tmp_path / "page.html")
+        save_report("l", "7", tmp_path / "page.html")
 
 
 def test_an_automation_that_is_switched_on_tells_through_a_block(

@@ -29,6 +29,7 @@ from tests.integration.storage.conftest import collect, keys, land, logged
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
 
+@pytest.mark.usefixtures("without_mlflow")
 def test_training_rows_stay_only_where_an_arrival_asks_for_it(tiny_base: Path, first: AdaptResult) -> None:
     train = f"{first.dataset.uri}/train.parquet"
     store = current_store()
@@ -44,6 +45,7 @@ def test_training_rows_stay_only_where_an_arrival_asks_for_it(tiny_base: Path, f
     assert store.exists(f"{retained.dataset.uri}/train.parquet")
 
 
+@pytest.mark.usefixtures("without_mlflow")
 def test_lineages_that_ask_otherwise_about_the_same_rows_both_stay_right(tiny_base: Path, first: AdaptResult) -> None:
     other = run(tiny_base, {**land(), "instruction": "Which one?"}, lineage="m")
     assert other.dataset.sha256 == first.dataset.sha256 and other.dataset.uri != first.dataset.uri
