@@ -29,26 +29,15 @@ from tasks.lineage.promotion import move_champion
 from tasks.lineage.record import RECORD_FILE
 from tasks.predict import predict
 from tests.adapting import BANK, CLINIC, FAIL, PASS, evaluation_of, next_parent, page_of, record_of, run, version_of
-from tests.conftest import MakeOnce
+from tests.integration.conftest import RESULT
 from tests.receiver import Receiver
 from tests.registering import in_mlflow, mlflow_run
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
 
-RESULT = "result.json"
-
-
 class Killed(BaseException):
     """The death of a process."""
-
-
-@pytest.fixture(scope="session")
-def bank_home(tiny_base: Path, home_made_once: MakeOnce) -> Path:
-    """A home whose lineage has learned its first task, and the file with the result."""
-    return home_made_once(
-        "bank-learned", lambda folder: (folder / RESULT).write_text(run(tiny_base, BANK).model_dump_json())
-    )
 
 
 @pytest.fixture
