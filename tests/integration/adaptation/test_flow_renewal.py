@@ -34,8 +34,8 @@ def file_of(folder: Path, name: str, warm: str, cold: str) -> dict[str, Any]:
     return {"name": "colours", "data": str(path), "labels": ["warm", "cold"], "instruction": "Which?"}
 
 
-def learn(base: Path, task: dict[str, Any], **gate: Any) -> AdaptResult:
-    return run(base, task, strategy="seq_lora", train=TRAIN, gate={**GATE, **gate})
+def learn(base: Path, task: dict[str, Any], train: dict[str, Any] = TRAIN, **gate: Any) -> AdaptResult:
+    return run(base, task, strategy="seq_lora", train=train, gate={**GATE, **gate})
 
 
 def renew() -> Any:
@@ -63,7 +63,8 @@ def test_a_shifted_task_is_rejected_by_its_old_rows_and_promoted_by_renewed_ones
     assert record.matrix.forgetting is None
 
     # The request has ended: the next arrival is judged on July's rows, and both slices are measured again.
-    later = learn(tiny_base, file_of(tmp_path, "august", "cold", "warm"))
+    still = {**TRAIN, "max_steps": 1, "learning_rate": 1e-6}  # it answers as its parent does
+    later = learn(tiny_base, file_of(tmp_path, "august", "cold", "warm"), still)
     assert later.status == "promoted" and set(later.accuracies) == {"colours", "colours.old-1"}
     assert record_of(later).slices == record.slices
 
