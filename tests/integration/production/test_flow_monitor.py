@@ -96,6 +96,7 @@ def live_of(reference: pd.DataFrame) -> pd.DataFrame:
     return reference.assign(time=time.time() + 1.0, version="3", seconds=0.1)
 
 
+@pytest.mark.usefixtures("without_mlflow")
 def test_an_alarm_is_announced_once_until_it_was_gone(lineage: Path, receiver: Receiver) -> None:
     store = current_store()
     assert "has no answer of version 3" in (look().problem or "")
@@ -155,11 +156,10 @@ def test_a_look_is_kept_in_mlflow_on_the_page_and_in_the_status(lineage: Path, t
     assert "alarm" in shown and "deal feedback sample clinic --lineage l" in shown, "what to do is said"
 
 
+@pytest.mark.usefixtures("lineage", "without_mlflow")
 def test_a_look_counts_while_mlflow_is_away(
-    lineage: Path, receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    receiver: Receiver, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     put_predictions(current_store(), "l", live(1, confidence=0.999), "a")
     found = look()
     assert "MLflow lacks a look at version 3" in caplog.text
@@ -236,6 +236,7 @@ def test_answers_of_another_server_are_compared_from_a_file(lineage: Path, tmp_p
         look(data=str(CLINIC["data"]))
 
 
+@pytest.mark.usefixtures("without_mlflow")
 def test_present_traffic_can_take_the_references_place(lineage: Path) -> None:
     store = current_store()
     put_predictions(store, "l", live(1, chars=5000).iloc[:50], "a")

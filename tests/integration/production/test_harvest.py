@@ -21,7 +21,6 @@ from deal_core.evaluation.answerer import Answered
 from deal_core.evaluation.answering import InputRow, ServedTask, ServedVersion
 from deal_core.evaluation.generation import Confidence
 from deal_core.monitoring.feedback import read_entry
-from flows.adapt_result import AdaptResult
 from infra.predictions import read_feedback, read_predictions
 from infra.serving.prediction_log import PredictionLog
 from infra.store.keys import harvest_key
@@ -35,28 +34,23 @@ from tasks.monitoring.select import select_to_label
 from tasks.predict import predict_file
 from tasks.validate import spec_to_check, validate
 from tests.adapting import CLINIC, run
+from tests.conftest import MakeOnce
 from tests.in_process import deal, deal_json
 
-pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+pytestmark = pytest.mark.usefixtures("prefect_api", "home", "without_mlflow")
 FINDINGS = ("A cough that will not go away for weeks.", "The knee hurts when I climb the stairs.")
 
 
 @pytest.fixture(scope="module")
-def learned_home(
-    prefect_api: None, tiny_base: Path, mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, AdaptResult]:
+def learned_home(tiny_base: Path, home_made_once: MakeOnce) -> Path:
     """A home whose lineage l knows the task clinic, whose files have columns of their own names."""
-    folder = tmp_path_factory.mktemp("learned-home")
-    shutil.copy(mlflow_database, folder / "mlflow.db")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DEAL_HOME", str(folder))
-        return folder, run(tiny_base, CLINIC)
+    return home_made_once("clinic-learned", lambda folder: run(tiny_base, CLINIC))
 
 
 @pytest.fixture
-def labels(home: Path, learned_home: tuple[Path, AdaptResult]) -> tuple[str, ...]:
+def labels(home: Path, learned_home: Path) -> tuple[str, ...]:
     """The labels of clinic, in a copy of that home."""
-    shutil.copytree(learned_home[0], home, dirs_exist_ok=True)
+    shutil.copytree(learned_home, home, dirs_exist_ok=True)
     return tuple(harvesting.task_schemas(current_store(), "l")["clinic"].labels)
 
 
@@ -133,7 +127,6 @@ def test_numbers_have_nothing_to_harvest(home: Path, labels: tuple[str, ...]) ->
         harvest_feedback("bank", "l")
 
 
-@pytest.mark.usefixtures("home")
 def test_a_harvest_keeps_out_only_its_own_lineage_and_task() -> None:
     with harvesting._alone("a-b", "c"):
         with harvesting._alone("a", "b-c"):
