@@ -337,6 +337,7 @@ def test_a_report_that_fails_after_a_promotion_fails_no_run_and_a_later_run_writ
     assert journal_of(learned).state == "finished" and f"Version {learned.version} of l" in page_of(learned)[1]
 
 
+@pytest.mark.usefixtures("without_mlflow")
 def test_a_journal_that_cannot_be_written_does_not_hide_why_a_run_failed(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,10 +144,11 @@ def test_what_cannot_be_removed_keeps_gc_from_nothing_else(home: Path, monkeypat
     assert not list((home / "work" / "l").iterdir()) and keys("predictions") == ["predictions/l/aside/broken.parquet"]
 
 
-@pytest.mark.parametrize(("lineage", "age"), [("..", "30d"), ("l", "a month"), ("nobody", "1d")])
-def test_gc_refuses_what_it_cannot_mean(first: AdaptResult, lineage: str, age: str) -> None:
-    with pytest.raises(ConfigError):
-        collect(lineage, age)
+@pytest.mark.usefixtures("first")
+def test_gc_refuses_what_it_cannot_mean() -> None:
+    for lineage, age in (("..", "30d"), ("l", "a month"), ("nobody", "1d")):
+        with pytest.raises(ConfigError):
+            collect(lineage, age)
 
 
 @pytest.mark.usefixtures("first")
