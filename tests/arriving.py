@@ -1,13 +1,16 @@
-"""Arrivals and states of a lineage, made of plain values."""
+"""Arrivals and states of a lineage, made of plain values; files that land; and what a run says of them."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 from infra.lineage_state import LineageState, OpenArrival
 from infra.store.base import ObjectInfo
 from tasks.inbox import Arrival
+from tasks.progress import LogReporter
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 
@@ -35,3 +38,21 @@ def state_with(*keys: str, num_rows: int | None = None) -> LineageState:
             for key in keys
         }
     )
+
+
+def land(home: Path, name: str, content: bytes, age: float = 100) -> None:
+    """Land a file in the inbox of a home. It keeps the time of its original, `age` seconds before a day of 2023."""
+    path = home / "store" / "inbox" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    os.utime(path, (1_700_000_000 - age, 1_700_000_000 - age))
+
+
+class Said(LogReporter):
+    """Keeps the messages of a run."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def said(self, message: str) -> None:
+        self.lines.append(message)

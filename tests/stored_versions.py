@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from deal_core.config import AdapterConfig
+from deal_core.data.schema import TaskSchema
+from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from infra.outcomes import Action
 from infra.promotions import ENDING, Change, Move, PromotionLog
 from infra.run_journal import Run
@@ -14,6 +17,8 @@ from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.stored import write_stored
 from infra.versions import UNREGISTERED, Since, Version, Versions
+from tasks.lineage.record import FrozenRows, KnownTask, LineageRecord
+from tasks.references import BaseRef
 
 CREATED = datetime(2020, 5, 30, tzinfo=UTC)
 
@@ -127,3 +132,21 @@ def run(number: int, parent: int | None = None, **changes: Any) -> Run:
         "started": CREATED,
     }
     return Run(**{**values, **changes})
+
+
+def known_task(schema: TaskSchema, uri: str = "d", num_rows: int = 9) -> KnownTask:
+    """A task that a version knows, with the dataset that judges it."""
+    tests = (FrozenRows(dataset_uri=uri, num_rows=num_rows),)
+    return KnownTask(schema=schema, tests=tests, max_prompt_tokens=9, max_new_tokens=9)
+
+
+def lineage_record(*tasks: KnownTask) -> LineageRecord:
+    """The record of a version of lineage `l` that knows these tasks."""
+    return LineageRecord(
+        lineage="l",
+        base=BaseRef(source="b", name="b", sha256="b"),
+        strategy="deal",
+        adapter=AdapterConfig(),
+        tasks=tasks,
+        matrix=AccuracyMatrix(),
+    )

@@ -46,6 +46,18 @@ def home_made_once(prefect_api: None, mlflow_database: Path, made_once: MakeOnce
     return folder_of
 
 
+RESULT = "result.json"
+"""The result of a home's adaptation, in the home."""
+
+
+@pytest.fixture(scope="session")
+def bank_home(tiny_base: Path, home_made_once: MakeOnce) -> Path:
+    """A home whose lineage has learned its first task, and the file with the result."""
+    return home_made_once(
+        "bank-learned", lambda folder: (folder / RESULT).write_text(run(tiny_base, BANK).model_dump_json())
+    )
+
+
 @pytest.fixture(scope="session")
 def three_versions(tiny_base: Path, home_made_once: MakeOnce) -> Path:
     """A home whose lineage `l` has learned two tasks; version 2 did not pass its gate. Tests copy or only read it."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import shlex
 from pathlib import Path
 from uuid import UUID
@@ -12,10 +10,8 @@ from uuid import UUID
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.states import Cancelled, Cancelling, Completed, Crashed, Failed, State
-from typer.testing import CliRunner
 
 from deal_core.errors import ConfigError
-from deal_pipeline.cli.app import app
 from deal_pipeline.server.status import read_status
 from flows.lock import lock_lineage
 from flows.requeue import requeue
@@ -25,7 +21,8 @@ from infra.lineage_state import Batch, read_ended, read_state
 from infra.store.opening import open_store
 from tasks.arrivals import HeldArrival, release
 from tasks.lineage.settings import WatchedLineage, add_lineage
-from tests.in_process import put_back
+from tests import arriving
+from tests.in_process import deal
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home", "adapt_deployment", "lineages")
 KEY, OTHER = "inbox/parcels/a.jsonl", "inbox/parcels/b.jsonl"
@@ -39,10 +36,7 @@ def lineages(home: Path) -> None:
 
 
 def land(home: Path, name: str = "a.jsonl", content: bytes = b"nonsense\n") -> None:
-    path = home / "store" / "inbox" / "parcels" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    os.utime(path, (1_700_000_000, 1_700_000_000))
+    arriving.land(home, f"parcels/{name}", content)
 
 
 def look() -> int:
@@ -77,13 +71,6 @@ def states(lineage: str = "l") -> dict[str, str]:
     return {key: note.state for key, note in read_state(open_store(), lineage).arrivals.items()}
 
 
-def deal(*words: str) -> str:
-    with put_back():
-        found = CliRunner().invoke(app, words, catch_exceptions=False)
-    assert found.exit_code == 0, found.output
-    return " ".join(found.output.split())
-
-
 @pytest.mark.parametrize("state", [Cancelled, Cancelling])
 def test_a_cancelled_run_does_not_start_again_until_a_person_asks(home: Path, state: type) -> None:
     land(home)
@@ -96,12 +83,7 @@ def test_a_cancelled_run_does_not_start_again_until_a_person_asks(home: Path, st
 
     (status,) = (each for each in asyncio.run(read_status(home)).lineages if each.lineage == "l")
     assert status.num_open == 0 and [each.key for each in status.held_arrivals] == [KEY]
-    remedy = f"deal data release {KEY} --lineage l"
-    for shown in (deal("status"), deal("version", "list", "--lineage", "l")):
-        assert "was cancelled on" in shown and remedy in shown
-    shown = deal("data", "list")
-    assert "was cancelled on" in shown and KEY in shown
-    assert json.loads(deal(*remedy.split()[1:], "--json"))["released"] == [KEY]
+    assert release(open_store(), "l", [KEY]) == (KEY,)
     assert asyncio.run(read_status(home)).lineages[0].num_open == 1
     assert look() == 1 and states() == {KEY: "claimed"}, "the run that was cancelled before counts no longer"
     assert learn("l") == [KEY]
@@ -203,10 +185,8 @@ def test_a_hold_hides_no_lost_registry(home: Path) -> None:
     look()
     assert KEY in deal("version", "list", "--lineage", "l"), "without any version"
     open_store().put_bytes("promotions/l/00000001.json", b'{"version": "1"}')
-    for words in (["version", "list"], ["data", "list"]):
-        with put_back():
-            found = CliRunner().invoke(app, [*words, "--lineage", "l"])
-        assert found.exit_code != 0 and KEY not in found.output
+    for words in (("version", "list"), ("data", "list")):
+        assert KEY not in deal(*words, "--lineage", "l", code=1)
 
 
 def test_the_remedy_is_a_command_for_a_shell() -> None:

@@ -30,7 +30,6 @@ from infra.run_journal import RunJournal
 from infra.store.opening import open_store
 from infra.versions import Version, Versions
 from tasks.housekeeping.arrivals import list_data
-from tasks.lineage.consolidation import ConsolidatePolicy
 from tasks.lineage.history import find_version
 from tasks.lineage.promotion import roll_back
 from tasks.lineage.record import read_record
@@ -41,6 +40,7 @@ from tasks.spec import parse
 from tests.adapting import BANK, CLINIC, PASS, evaluation_of, page_of, run, version_of
 from tests.conftest import MakeOnce
 from tests.in_process import put_back
+from tests.integration.conftest import copy_home
 from tests.registering import mlflow_run
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
@@ -63,11 +63,12 @@ class Killed(BaseException):
 
 
 @pytest.fixture(scope="session")
-def two_tasks(tiny_base: Path, home_made_once: MakeOnce) -> Path:
-    """A home whose lineage `l` has learned two tasks, from files that lie in it."""
+def two_tasks(tiny_base: Path, bank_home: Path, home_made_once: MakeOnce) -> Path:
+    """A home whose lineage `l` has learned two tasks."""
 
     def learn(folder: Path) -> None:
-        assert run(tiny_base, BANK).status == run(tiny_base, CLINIC).status == "promoted"
+        copy_home(bank_home, folder)
+        assert run(tiny_base, CLINIC).status == "promoted"
 
     return home_made_once("two-tasks", learn)
 
@@ -150,6 +151,7 @@ def test_a_consolidation_learns_all_arrivals_and_is_judged_against_the_champion(
     assert {part.version for part in plan(open_store(), "l").parts} == {"1", "2", "4"}
 
 
+@pytest.mark.usefixtures("without_mlflow")
 def test_what_is_left_is_learned_and_what_is_gone_is_named(tiny_base: Path, tmp_path: Path, home: Path) -> None:
     files = {}
     for task in (BANK, CLINIC):
@@ -197,7 +199,7 @@ def test_kept_rows_stand_in_for_rows_that_are_gone(tiny_base: Path, tmp_path: Pa
 
 
 @pytest.mark.nightly
-@pytest.mark.usefixtures("learned")
+@pytest.mark.usefixtures("learned", "without_mlflow")
 def test_rows_that_were_forgotten_are_never_learned_again(tiny_base: Path, tmp_path: Path) -> None:
     file = tmp_path / "more.jsonl"
     rows = [json.loads(line) for line in Path(BANK["data"]).read_text().splitlines()]
@@ -228,7 +230,7 @@ def has_one_consolidation(home: Path) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.usefixtures("learned")
+@pytest.mark.usefixtures("learned", "without_mlflow")
 @pytest.mark.parametrize("stage", ["evaluate_version", "register_version", "promote_version", "report_version"])
 def test_a_consolidation_that_died_later_is_completed(home: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def die(*given: Any, **more: Any) -> None:
@@ -243,7 +245,7 @@ def test_a_consolidation_that_died_later_is_completed(home: Path, stage: str, mo
     has_one_consolidation(home)
 
 
-@pytest.mark.usefixtures("learned")
+@pytest.mark.usefixtures("learned", "without_mlflow")
 def test_the_command_shows_the_plan_asks_and_trains() -> None:
     shown = CliRunner().invoke(app, ["lineage", "consolidate", "l", "--dry-run", "--json"])
     planned = json.loads(shown.stdout)
@@ -280,6 +282,7 @@ def look(spec: WatchedLineage) -> WatchResult:
     return asyncio.run(watch(spec, once=True, poll_seconds=0.1))
 
 
+@pytest.mark.usefixtures("without_mlflow")
 def test_a_spent_budget_lets_a_watch_consolidate_and_learn_again_what_was_rejected(
     tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -315,9 +318,3 @@ def test_a_spent_budget_lets_a_watch_consolidate_and_learn_again_what_was_reject
     ]
     status = asyncio.run(read_status(home)).lineages[0]
     assert status.budget_points == 100.0 and status.consolidation is None and set(status.debts) == {"parcels-a"}
-
-
-def test_a_policy_needs_its_budget(tiny_base: Path) -> None:
-    with pytest.raises(ConfigError, match=r"consolidate\.when_spent needs gate\.max_total_drop_points"):
-        watched(tiny_base, when_spent=True)
-    assert not ConsolidatePolicy().is_on

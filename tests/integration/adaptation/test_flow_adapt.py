@@ -15,8 +15,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from deal_core.adapter.files import ADAPTER_FILES, PROOF_FILE, digests_of
 from deal_core.errors import ConfigError, DataValidationError, RegistryError, StoreError
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
+from deal_core.evaluation.answering import SERVED_FILE
 from flows.adapt_result import AdaptResult
 from flows.champions import evaluate
 from infra.promotions import Move, PromotionLog
@@ -24,28 +26,18 @@ from infra.run_journal import Run, RunJournal
 from infra.store.opening import open_store
 from infra.versions import UNREGISTERED, Version, Versions
 from tasks.lineage.promotion import move_champion
+from tasks.lineage.record import RECORD_FILE
 from tasks.predict import predict
 from tests.adapting import BANK, CLINIC, FAIL, PASS, evaluation_of, next_parent, page_of, record_of, run, version_of
-from tests.conftest import MakeOnce
+from tests.integration.conftest import RESULT
 from tests.receiver import Receiver
 from tests.registering import in_mlflow, mlflow_run
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
 
-RESULT = "result.json"
-
-
 class Killed(BaseException):
     """The death of a process."""
-
-
-@pytest.fixture(scope="session")
-def bank_home(tiny_base: Path, home_made_once: MakeOnce) -> Path:
-    """A home whose lineage has learned its first task, and the file with the result."""
-    return home_made_once(
-        "bank-learned", lambda folder: (folder / RESULT).write_text(run(tiny_base, BANK).model_dump_json())
-    )
 
 
 @pytest.fixture
@@ -101,6 +93,8 @@ def test_the_first_arrival_becomes_champion_and_leaves_everything_in_its_place(f
     version = version_of(result)
     assert (version.since.promoted, version.run_key, version.standing) == (1, result.run_key, "learned")
     assert version.dataset_sha256 == result.dataset.sha256 and journal_of(result).state == "finished"
+    digests = digests_of(home / "store" / adapter, (*ADAPTER_FILES, PROOF_FILE, SERVED_FILE, RECORD_FILE))
+    assert version.files_sha256 == {name: (digest,) for name, digest in digests.items()} and len(digests) >= 5
     assert not list((home / "work").rglob("*.*")), "checkpoints were not deleted"
 
 
@@ -120,6 +114,7 @@ def test_the_loss_of_rows_that_are_held_back_is_in_mlflow_and_on_the_page(
     assert {point.step: point.value for point in history} == pytest.approx(dict(points))
 
 
+@pytest.mark.usefixtures("without_mlflow")
 def test_the_next_arrival_continues_the_champion_and_every_task_is_judged(
     tiny_base: Path, tmp_path: Path, first: AdaptResult
 ) -> None:
@@ -149,6 +144,7 @@ def test_the_next_arrival_continues_the_champion_and_every_task_is_judged(
     assert sizes == [[tests["bank"], tests["clinic"]]] * 3
 
 
+@pytest.mark.usefixtures("without_mlflow")
 def test_a_version_that_few_rows_judged_waits_if_it_is_asked_to(tiny_base: Path, first: AdaptResult) -> None:
     second = run(tiny_base, CLINIC, gate={**PASS, "max_drop_points": 1.0, "unsure": "approve"})
     (unsure,) = second.unsure
@@ -295,6 +291,7 @@ def test_another_base_model_needs_another_lineage(tiny_base: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("is_written", [False, True])
+@pytest.mark.usefixtures("without_mlflow")
 def test_a_promotion_cut_short_is_completed_by_the_next_run(
     tiny_base: Path, home: Path, first: AdaptResult, monkeypatch: pytest.MonkeyPatch, is_written: bool
 ) -> None:
@@ -319,6 +316,7 @@ def test_a_promotion_cut_short_is_completed_by_the_next_run(
     assert not list((home / "store" / "datasets").rglob("train.parquet")), "the rows are learned"
 
 
+@pytest.mark.usefixtures("without_mlflow")
 def test_a_report_that_fails_after_a_promotion_fails_no_run_and_a_later_run_writes_it(
     tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch, receiver: Receiver
 ) -> None:
@@ -339,6 +337,7 @@ def test_a_report_that_fails_after_a_promotion_fails_no_run_and_a_later_run_writ
     assert journal_of(learned).state == "finished" and f"Version {learned.version} of l" in page_of(learned)[1]
 
 
+@pytest.mark.usefixtures("without_mlflow")
 def test_a_journal_that_cannot_be_written_does_not_hide_why_a_run_failed(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -390,6 +389,7 @@ def test_an_again_that_is_started_again_after_it_registered_trains_nothing(
     assert versions() == [("1", "bank", ("previous",)), ("2", "bank", ("challenger", "champion"))]
 
 
+@pytest.mark.usefixtures("without_mlflow")
 def test_a_version_that_another_has_overtaken_is_not_promoted(
     tiny_base: Path, first: AdaptResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -409,10 +409,12 @@ def test_a_version_that_another_has_overtaken_is_not_promoted(
     assert versions()[1:] == [("2", "bank", ("champion",)), ("3", "clinic", ("challenger",))]
     overtaken_version = Versions(open_store()).all("l")[2]
     assert overtaken_version.accepted and overtaken_version.since.promoted is None, "it does not continue the champion"
-    assert run(tiny_base, CLINIC).parent_version == "2", "the same command starts from the present champion"
+    parent = next_parent()
+    assert parent is not None and parent.version == "2", "the same command starts from the present champion"
 
 
 @pytest.mark.recentred
+@pytest.mark.usefixtures("without_mlflow")
 def test_a_label_that_takes_over_the_answers_is_named_with_its_cost(tiny_base: Path, tmp_path: Path) -> None:
     files = {}
     for split, is_open in (("train", lambda i: i % 12 == 0), ("test", lambda i: i % 2 == 0)):

@@ -122,7 +122,7 @@ def desk(first_month: Path, copy_to_home: Callable[[Path], Path]) -> None:
     copy_to_home(first_month)
 
 
-@pytest.mark.usefixtures("desk")
+@pytest.mark.usefixtures("desk", "without_mlflow")
 def test_wrong_labels_are_held_before_any_training_until_a_person_lets_them_go(
     tiny_base: Path, tmp_path: Path, receiver: Receiver
 ) -> None:
@@ -171,7 +171,7 @@ def _notes() -> Iterator[Path]:
     yield from (path for name in ("lineages", "arrivals") for path in (root / name).rglob("*.json"))
 
 
-@pytest.mark.usefixtures("desk")
+@pytest.mark.usefixtures("desk", "without_mlflow")
 def test_corrected_labels_are_another_arrival(tiny_base: Path, tmp_path: Path) -> None:
     right = rows(60, 3)
     may = write(tmp_path / "may.csv", half_wrong(right))
@@ -199,15 +199,22 @@ def test_a_good_month_is_scored_and_becomes_part_of_the_reference(tiny_base: Pat
 
     # Rows that the line has learned say nothing: April's and May's are left out, whatever their label is now.
     old = [*rows(120, 1)[:10], *half_wrong(may[:20])]
-    june = learn(tiny_base, write(tmp_path / "june.csv", [*old, *rows(50, 4)])).arrival
-    assert june is not None and (june.num_rows, june.num_learned, june.of_rows) == (50, 30, 80)
-    assert june.num_reference == NUM_TESTS + 60
+    june = checked(write(tmp_path / "june.csv", [*old, *rows(50, 4)]))["score"]
+    assert (june["num_rows"], june["num_learned"], june["of_rows"]) == (50, 30, 80)
+    assert june["num_reference"] == NUM_TESTS + 60
     asyncio.run(forget(learned.dataset.sha256))
-    july = learn(tiny_base, write(tmp_path / "july.csv", rows(40, 5))).arrival
-    assert july is not None and july.num_reference == NUM_TESTS + 50, "a deleted month is no reference"
+    july = checked(write(tmp_path / "july.csv", rows(40, 5)))["score"]
+    assert july["num_reference"] == NUM_TESTS, "a deleted month is no reference"
 
 
-@pytest.mark.usefixtures("desk")
+def checked(path: Path) -> Any:
+    """What `deal check` says of a file: the same score, and nothing is learned."""
+    found = CliRunner().invoke(app, ["check", str(path), "--task", "desk", "--lineage", "l", "--json"])
+    assert found.exit_code == 0, found.output
+    return json.loads(found.stdout)["arrival"]
+
+
+@pytest.mark.usefixtures("desk", "without_mlflow")
 def test_a_watch_holds_wrong_labels_goes_on_and_learns_what_is_released(tiny_base: Path, home: Path) -> None:
     inbox = home / "store" / "inbox" / "desk"
     may = write(inbox / "1-may.csv", half_wrong(rows(60, 3)))
@@ -231,7 +238,7 @@ def test_a_watch_holds_wrong_labels_goes_on_and_learns_what_is_released(tiny_bas
 
 
 @pytest.mark.nightly
-@pytest.mark.usefixtures("desk")
+@pytest.mark.usefixtures("desk", "without_mlflow")
 @pytest.mark.parametrize(("setting", "verdict"), [("warn", "labels disagree"), ("off", "as expected")])
 def test_by_its_settings_an_arrival_is_learned_with_a_note_or_without(
     tiny_base: Path, tmp_path: Path, setting: str, verdict: str
@@ -243,7 +250,7 @@ def test_by_its_settings_an_arrival_is_learned_with_a_note_or_without(
 
 
 @pytest.mark.nightly
-@pytest.mark.usefixtures("desk")
+@pytest.mark.usefixtures("desk", "without_mlflow")
 def test_rows_with_a_new_label_do_not_count(tiny_base: Path, tmp_path: Path) -> None:
     add_labels(open_store(), "l", "desk", ["theft"])
     new = [(text, "theft") for text, _ in rows(60, 6)]
@@ -255,9 +262,7 @@ def test_rows_with_a_new_label_do_not_count(tiny_base: Path, tmp_path: Path) -> 
 def test_a_check_says_the_same_and_learns_nothing(tmp_path: Path) -> None:
     may = write(tmp_path / "may.csv", half_wrong(rows(60, 3)))
     before = {info.key: info.etag for info in open_store().list("")}
-    found = CliRunner().invoke(app, ["check", str(may), "--task", "desk", "--lineage", "l", "--json"])
-    assert found.exit_code == 0, found.output
-    arrival = json.loads(found.stdout)["arrival"]
+    arrival = checked(may)
     assert (arrival["score"]["verdict"], arrival["score"]["num_rows"]) == ("labels disagree", 60)
     assert all(row["row"] % 2 == 0 and row["text"] for row in arrival["contradictions"])
     assert {info.key: info.etag for info in open_store().list("")} == before

@@ -21,6 +21,7 @@ from tests.fake_vllm import RELEASE, FakeVllm, running
 NAME = f"vllm {RELEASE}"
 
 
+@pytest.mark.usefixtures("without_mlflow")
 def test_the_engine_answers_the_test_rows_and_only_answers_of_one_engine_are_compared(
     prefect_api: None, home: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

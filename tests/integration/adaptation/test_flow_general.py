@@ -17,6 +17,7 @@ from infra.store.keys import adapter_scores_key, base_scores_key
 from infra.store.opening import open_store
 from infra.tracking.client import open_client
 from tests.adapting import BANK, CLINIC, PASS, evaluation_of, page_of, run, version_of
+from tests.integration.conftest import NO_MLFLOW
 
 ROWS = len(read_rows("json"))
 
@@ -49,7 +50,7 @@ def abilities(monkeypatch: pytest.MonkeyPatch) -> Abilities:
 
 
 def test_suites_are_asked_once_judged_and_shown(
-    prefect_api: None, home: Path, tiny_base: Path, abilities: Abilities
+    prefect_api: None, home: Path, tiny_base: Path, abilities: Abilities, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     del prefect_api
     store, suites = open_store(), {"evaluate": {"general": ["json", "tools"]}}
@@ -69,6 +70,7 @@ def test_suites_are_asked_once_judged_and_shown(
     client = open_client(TrackingSettings())
     (logged,) = client.search_runs([client.get_experiment_by_name("deal/l").experiment_id])
     assert logged.data.metrics["general/json"] == 0.75
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", NO_MLFLOW)
     kept = read_scores(store, adapter_scores_key(version.adapter_uri), version.adapter_sha256)
     assert kept.keys() == {"this project, quantize none, stops 2"}
 
@@ -102,10 +104,8 @@ def test_suites_are_asked_once_judged_and_shown(
 @pytest.mark.parametrize(
     "base", ["tiny", pytest.param(DEFAULT_BASE, marks=[pytest.mark.base_model, pytest.mark.nightly(minutes=4)])]
 )
-def test_the_gate_judges_what_the_harness_measures_without_a_network(
-    prefect_api: None, home: Path, tiny_base: Path, base: str
-) -> None:
-    del prefect_api, home
+@pytest.mark.usefixtures("prefect_api", "without_mlflow")
+def test_the_gate_judges_what_the_harness_measures_without_a_network(tiny_base: Path, base: str) -> None:
     evaluate = {"general": ["refusal"], "min_general_accuracy": 0.0}
     result = run(
         tiny_base if base == "tiny" else base, BANK, gate={**PASS, "max_general_drop_points": 0.0}, evaluate=evaluate

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from deal_pipeline.cli.app import app
 from flows.adapt_result import AdaptResult
 from flows.forget import forget
 from infra.store.opening import open_store
 from tasks.lineage.frozen_rows import read_answers
 from tests.adapting import PASS, page_of, record_of, run, version_of
-from tests.in_process import put_back
+from tests.in_process import deal_json
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home", "without_mlflow")
 
@@ -36,18 +34,16 @@ def file_of(folder: Path, name: str, warm: str, cold: str) -> dict[str, Any]:
     return {"name": "colours", "data": str(path), "labels": ["warm", "cold"], "instruction": "Which?"}
 
 
-def learn(base: Path, task: dict[str, Any], **gate: Any) -> AdaptResult:
-    return run(base, task, strategy="seq_lora", train=TRAIN, gate={**GATE, **gate})
+def learn(base: Path, task: dict[str, Any], train: dict[str, Any] = TRAIN, **gate: Any) -> AdaptResult:
+    return run(base, task, strategy="seq_lora", train=train, gate={**GATE, **gate})
 
 
-def renew(home: Path, task: str = "colours") -> Any:
-    with put_back():
-        result = CliRunner().invoke(app, ["task", "renew-tests", task, "--lineage", "l", "--home", str(home), "--json"])
-    return json.loads(result.stdout)
+def renew() -> Any:
+    return deal_json("task", "renew-tests", "colours", "--lineage", "l")
 
 
 def test_a_shifted_task_is_rejected_by_its_old_rows_and_promoted_by_renewed_ones(
-    home: Path, tiny_base: Path, tmp_path: Path
+    tiny_base: Path, tmp_path: Path
 ) -> None:
     before = learn(tiny_base, file_of(tmp_path, "january", "warm", "cold"))
     assert before.status == "promoted" and before.accuracies["colours"] > 0.8
@@ -55,7 +51,7 @@ def test_a_shifted_task_is_rejected_by_its_old_rows_and_promoted_by_renewed_ones
     shifted = learn(tiny_base, file_of(tmp_path, "june", "cold", "warm"))
     assert shifted.rejected and any("colours: accuracy" in reason for reason in shifted.reasons)
 
-    assert renew(home) == {"lineage": "l", "task": "colours", "num_test": 10, "was_asked": False}
+    assert renew() == {"lineage": "l", "task": "colours", "num_test": 10, "was_asked": False}
     now = learn(tiny_base, file_of(tmp_path, "july", "cold", "warm"))
     assert now.status == "promoted" and now.accuracies["colours"] > 0.8 and now.accuracies["colours.old-1"] < 0.5
     page = page_of(now)[1]
@@ -67,15 +63,16 @@ def test_a_shifted_task_is_rejected_by_its_old_rows_and_promoted_by_renewed_ones
     assert record.matrix.forgetting is None
 
     # The request has ended: the next arrival is judged on July's rows, and both slices are measured again.
-    later = learn(tiny_base, file_of(tmp_path, "august", "cold", "warm"))
+    still = {**TRAIN, "max_steps": 1, "learning_rate": 1e-6}  # it answers as its parent does
+    later = learn(tiny_base, file_of(tmp_path, "august", "cold", "warm"), still)
     assert later.status == "promoted" and set(later.accuracies) == {"colours", "colours.old-1"}
     assert record_of(later).slices == record.slices
 
 
 @pytest.mark.nightly
-def test_a_limit_for_earlier_rows_can_be_set(home: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_a_limit_for_earlier_rows_can_be_set(tiny_base: Path, tmp_path: Path) -> None:
     learn(tiny_base, file_of(tmp_path, "january", "warm", "cold"))
-    renew(home)
+    renew()
     limited = learn(tiny_base, file_of(tmp_path, "june", "cold", "warm"), max_old_slice_drop_points=50.0)
     assert limited.rejected
     (reason,) = limited.reasons
@@ -83,9 +80,9 @@ def test_a_limit_for_earlier_rows_can_be_set(home: Path, tiny_base: Path, tmp_pa
 
 
 @pytest.mark.nightly
-def test_earlier_rows_can_be_forgotten_and_the_lineage_learns_on(home: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_earlier_rows_can_be_forgotten_and_the_lineage_learns_on(tiny_base: Path, tmp_path: Path) -> None:
     first = learn(tiny_base, file_of(tmp_path, "january", "warm", "cold"))
-    renew(home)
+    renew()
     second = learn(tiny_base, file_of(tmp_path, "june", "warm", "cold"), min_gain_points=-100.0)
     answered = read_answers(open_store(), version_of(second).adapter_uri).now
     assert len(answered["colours"]) == len(answered["colours.old-1"]) == 10

@@ -71,39 +71,6 @@ def spec_of(number: int) -> dict[str, Any]:
     return dict(read_findings(open_store(), Versions(open_store()).all("support")[number - 1].adapter_uri).spec)
 
 
-def test_deal_adapt_keeps_to_the_lineage_s_file(deal: Deal, support: dict[str, Any]) -> None:
-    said = ("adapt", "--task", "parcels", "--data", str(ROWS), "--lineage", "support")
-    assert deal(*said)["status"] == "awaiting approval"
-    assert Versions(open_store()).champion("support") is None
-    assert spec_of(1)["train"]["max_steps"] == 2 and spec_of(1)["strategy"] == "seq_lora"
-    assert deal(*said, "--set", "strategy=deal")["status"] == "awaiting approval"
-    assert spec_of(2)["train"]["max_steps"] == 2 and spec_of(2)["strategy"] == "deal"
-
-
-@pytest.mark.nightly
-def test_a_spec_says_otherwise_only_where_it_says_so(deal: Deal, support: dict[str, Any], tmp_path: Path) -> None:
-    spec = {"lineage": "support", "task": {"name": "parcels", "data": str(ROWS)}, "train": {"max_steps": 1}}
-    path = tmp_path / "spec.yaml"
-    path.write_text(yaml.safe_dump(spec))
-    assert deal("adapt", str(path))["status"] == "awaiting approval"
-    assert spec_of(1)["train"]["max_steps"] == 1 and spec_of(1)["train"]["max_prompt_tokens"] == 192
-    path.write_text(yaml.safe_dump({**spec, "gate": {"approval": "automatic"}}))
-    assert deal("adapt", str(path))["status"] == "promoted"
-
-
-@pytest.mark.nightly
-def test_deal_watch_keeps_to_the_lineage_s_file(deal: Deal, support: dict[str, Any], tmp_path: Path) -> None:
-    land("bank/other.jsonl")
-    land("parcels/a.jsonl")
-    (seen,) = deal("adapt", "--watch", "--once", "--poll", "0.1", "--lineage", "support")["files"]
-    assert (seen["key"], seen["outcome"]) == ("inbox/parcels/a.jsonl", "awaiting approval")
-    assert Versions(open_store()).champion("support") is None and spec_of(1)["train"]["max_steps"] == 2
-    path = tmp_path / "support.yaml"
-    path.write_text(yaml.safe_dump({"lineage": "support", "tasks": ["bank"], "gate": {"approval": "automatic"}}))
-    (seen,) = deal("adapt", str(path), "--watch", "--once", "--poll", "0.1")["files"]
-    assert (seen["key"], seen["outcome"]) == ("inbox/bank/other.jsonl", "promoted")
-
-
 @pytest.mark.nightly
 def test_a_run_that_a_server_starts_for_a_person_keeps_to_the_lineage_s_file(support: dict[str, Any]) -> None:
     given: Any = {"lineage": "support", "task": {"name": "parcels", "data": str(ROWS)}, "gate": {"confidence": 0.9}}
@@ -111,23 +78,6 @@ def test_a_run_that_a_server_starts_for_a_person_keeps_to_the_lineage_s_file(sup
     assert spec_of(1)["gate"]["confidence"] == 0.9 and spec_of(1)["train"]["max_steps"] == 2
     complete = AdaptSpec.model_validate({**spec_of(1), "gate": NO_LIMITS})
     assert asyncio.run(adapt(complete)).status == "promoted", "a spec that code has made is complete"
-
-
-@pytest.mark.nightly
-def test_what_the_gate_rejected_is_tried_under_new_limits_once_it_lands_under_another_name(
-    deal: Deal, support: dict[str, Any]
-) -> None:
-    def watch() -> list[tuple[str, str]]:
-        result = CliRunner().invoke(app, ["adapt", "--watch", "--once", "--poll", "0.1", "-l", "support", "--json"])
-        return [(seen["key"], seen["outcome"]) for seen in json.loads(result.stdout)["files"]]
-
-    store_settings({**support, "gate": {**NO_LIMITS, "min_accuracy": 1.0}})
-    land("parcels/may.jsonl")
-    assert watch() == [("inbox/parcels/may.jsonl", "rejected")]
-    store_settings({**support, "gate": NO_LIMITS})
-    assert watch() == [], "the decision about a file is kept"
-    land("parcels/may-again.jsonl")
-    assert watch() == [("inbox/parcels/may-again.jsonl", "promoted")]
 
 
 @pytest.mark.parametrize(("num_files", "code"), [(2, STOPPED), (1, FAILED)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from tasks.references import TrainedAdapter
 from tasks.spec import AdaptSpec, parse
 from tests.adapting import BANK, CLINIC, FAIL, run
 
-pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+pytestmark = pytest.mark.usefixtures("prefect_api", "home", "without_mlflow")
 QUICK = {"max_steps": 3, "max_prompt_tokens": 192, "max_answer_tokens": 12, "checkpoint_steps": 0}
 STAGES = (
     find_parent,
@@ -119,21 +120,25 @@ def test_a_stage_that_loses_its_connection_is_tried_again_and_the_run_goes_on(
     assert [version.version for version in Versions(open_store()).all("l")] == ["1"], "nothing is registered twice"
 
 
-def test_a_flow_of_ones_own_trains_and_judges_and_registers_nothing(tiny_base: Path) -> None:
+def test_a_flow_of_ones_own_trains_and_judges_and_registers_nothing(
+    tiny_base: Path, bank_home: Path, copy_to_home: Callable[[Path], Path]
+) -> None:
     """docs/own_flow.py, as it stands there."""
     example = runpy.run_path(str(Path(__file__).parents[3] / "docs" / "own_flow.py"))
     values = {"lineage": "l", "base_model": str(tiny_base), "task": BANK, "train": QUICK, "gate": FAIL}
     assert asyncio.run(example["try_out"](parse(AdaptSpec, values, "test"))).startswith("rejected: bank ")
     assert Versions(open_store()).all("l") == ()
-    assert run(tiny_base, BANK).status == "promoted"
+    copy_to_home(bank_home)
     assert "version 1 has learned from this arrival" in asyncio.run(
         example["try_out"](parse(AdaptSpec, values, "test"))
     )
 
 
-def test_what_goes_through_the_stages_is_plain(tiny_base: Path) -> None:
+def test_what_goes_through_the_stages_is_plain(
+    tiny_base: Path, bank_home: Path, copy_to_home: Callable[[Path], Path]
+) -> None:
     """A stage can be started with what was written as JSON: on another day, by another program."""
-    run(tiny_base, BANK)
+    copy_to_home(bank_home)
     prepared = prepare(tiny_base, CLINIC)
     again = AdaptationRun.model_validate_json(prepared.model_dump_json())
     assert (again.run_key, again.tasks, again.renewal, again.spec) == (

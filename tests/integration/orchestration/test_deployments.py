@@ -14,10 +14,8 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ParameterTypeError, PrefectHTTPStatusError
 from prefect.states import Scheduled
-from typer.testing import CliRunner
 
 from deal_core.errors import ConfigError, RegistryError
-from deal_pipeline.cli.app import app
 from deal_pipeline.server.deploy import _require_own, deploy_all
 from deal_pipeline.server.status import NEWEST, ServerRuns, read_server
 from flows.promote import decide, reject
@@ -26,7 +24,7 @@ from infra.store.opening import open_store
 from infra.versions import Versions
 from tasks.lineage.promotion import promote_accepted
 from tasks.notices import Notice, announce
-from tests.in_process import put_back
+from tests.in_process import deal
 from tests.receiver import Receiver
 from tests.registering import register
 
@@ -135,10 +133,8 @@ def test_another_home_or_store_is_not_overwritten(
     deployed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (other := tmp_path / "other").mkdir()
-    with put_back():
-        answer = CliRunner().invoke(app, ["server", "register", "--home", str(other)])
-    said = " ".join(answer.output.split())
-    assert answer.exit_code == 2 and "deal server register --replace" in said
+    said = deal("server", "register", "--home", str(other), code=2)
+    assert "deal server register --replace" in " ".join(said.split())
     assert home_on_the_server() == str(deployed)
 
     async def require_own() -> None:

@@ -29,26 +29,6 @@ def test_the_limit_is_made_held_and_given_back() -> None:
     asyncio.run(flow())
 
 
-def test_a_second_run_waits_for_the_first() -> None:
-    events: list[str] = []
-
-    async def second() -> None:
-        async with lock_lineage("server-queue"):
-            events.append("second in")
-
-    async def flow() -> None:
-        async with lock_lineage("server-queue"):
-            waiting = asyncio.create_task(second())
-            async with lock_lineage("server-other"):
-                events.append("other in")
-            assert not waiting.done()
-            events.append("first out")
-        await waiting
-
-    asyncio.run(flow())
-    assert events == ["other in", "first out", "second in"]
-
-
 def test_a_run_that_began_before_the_server_keeps_the_servers_runs_off() -> None:
     async def flow() -> None:
         async with AsyncExitStack() as stack:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,11 +17,9 @@ import pytest
 import tenacity
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
-from typer.testing import CliRunner
 
 import tasks.arrivals
 from benchmarks.tiny_base import NO_LIMITS
-from deal_pipeline.cli.app import app
 from deal_pipeline.server.status import read_status
 from flows.sensor import retrain
 from flows.watch import WatchResult, adapt_landed, watch
@@ -39,7 +36,9 @@ from tasks.lineage.retrain import RetrainPolicy, Waiting
 from tasks.lineage.settings import WatchedLineage, add_lineage, read_lineage
 from tasks.progress import reporting_to
 from tasks.spec import parse
-from tests.in_process import put_back
+from tests import arriving
+from tests.arriving import Said
+from tests.in_process import deal, deal_json
 from tests.registering import mlflow_run
 
 EXAMPLES = Path(__file__).parents[2] / "data" / "examples"
@@ -72,11 +71,7 @@ def add(base: Path, *, num_processes: int = 1, **policy: Any) -> WatchedLineage:
 
 
 def land(home: Path, name: str, rows: list[bytes], age: float = 100) -> None:
-    """Land a file. It keeps the time of its original, `age` seconds before a day of 2023, as a copy may."""
-    path = home / "store" / "inbox" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"".join(rows))
-    os.utime(path, (1_700_000_000 - age, 1_700_000_000 - age))
+    arriving.land(home, name, b"".join(rows), age)
 
 
 @contextmanager
@@ -128,6 +123,7 @@ def num_read(version: Version) -> int:
     return read_manifest(open_store(), folder).num_read
 
 
+@pytest.mark.usefixtures("without_mlflow")
 def test_what_waits_for_a_schedule_is_learned_together_at_its_time(tiny_base: Path, home: Path) -> None:
     add(tiny_base, **WEEKLY)
     land(home, "parcels/1.jsonl", ROWS[:30])
@@ -144,37 +140,6 @@ def test_what_waits_for_a_schedule_is_learned_together_at_its_time(tiny_base: Pa
     land(home, "parcels/3.jsonl", ROWS[60:], age=40)
     assert start(now()) == 0 and len(versions()) == 1, "the schedule's time of this week is not yet there"
     assert start(sunday + DAY) == 1, "it landed before the time"
-
-
-def test_rows_are_waited_for_and_tasks_are_learned_in_the_order_of_their_oldest_file(
-    tiny_base: Path, home: Path
-) -> None:
-    add(tiny_base, min_rows=50)
-    land(home, "parcels/1.jsonl", ROWS[:30], age=300)
-    land(home, "bank/1.jsonl", BANK[:30], age=200)
-    land(home, "bank/2.jsonl", BANK[30:60], age=100)
-    assert [(each.task, each.num_rows, each.is_due) for each in waiting(home, now())] == [
-        ("parcels", 30, False),
-        ("bank", 60, True),
-    ]
-    land(home, "parcels/2.jsonl", ROWS[30:60], age=50)
-    assert [key for key, *_ in learn(now())] == [
-        "parcels/1.jsonl",
-        "parcels/2.jsonl",
-        "bank/1.jsonl",
-        "bank/2.jsonl",
-    ]
-    assert [(version.task, num_read(version)) for version in versions()] == [("parcels", 60), ("bank", 60)]
-
-
-def test_after_the_longest_wait_fewer_rows_are_learned(tiny_base: Path, home: Path) -> None:
-    add(tiny_base, min_rows=200, max_wait_days=7)
-    land(home, "parcels/1.jsonl", ROWS[:40])
-    (found,) = waiting(home, now())
-    assert found.until is not None and timedelta(days=6.9) < found.until - now() <= 7 * DAY, "not since 2023"
-    assert (start(found.until - timedelta(seconds=1)), learn(found.until - timedelta(seconds=1))) == (0, [])
-    assert start(found.until) == 1
-    assert learn(found.until) == [("parcels/1.jsonl", "promoted", "1")]
 
 
 def test_a_champion_that_answers_the_new_rows_well_enough_learns_nothing(tiny_base: Path, home: Path) -> None:
@@ -199,8 +164,7 @@ def test_a_champion_that_answers_the_new_rows_well_enough_learns_nothing(tiny_ba
     newest = versions()[-1]
     assert mlflow_run("l", newest.run_key).data.metrics["arrival/accuracy"] == score.accuracy
     assert score.figure in read_page(open_store(), versions(), newest.version)[1]
-    with put_back():
-        shown = CliRunner().invoke(app, ["version", "list", "--lineage", "l"]).output
+    shown = deal("version", "list", "--lineage", "l")
     assert "on arrival" in shown and f"{100 * score.accuracy:.1f}" in shown
 
 
@@ -231,18 +195,19 @@ def test_several_processes_score_the_champion_on_the_new_rows_as_one_does(
     assert not list((home / "tmp").iterdir()), "the files of the processes were not deleted"
 
 
+@pytest.mark.usefixtures("without_mlflow")
 def test_new_labels_are_learned_however_well_the_champion_answers_the_other_rows(tiny_base: Path, home: Path) -> None:
     add(tiny_base, skip_if_accuracy=ALWAYS)
     land(home, "parcels/task.yaml", [b"metric: loss\n"])
     land(home, "parcels/1.jsonl", ROWS[:40])
     learn(now())
-    with put_back():
-        CliRunner().invoke(app, ["task", "add-label", "parcels", "stolen parcel", "--lineage", "l"])
+    deal("task", "add-label", "parcels", "stolen parcel", "--lineage", "l")
     row = {**json.loads(ROWS[60]), "label": "stolen parcel"}
     land(home, "parcels/2.jsonl", [*ROWS[40:60], json.dumps(row).encode() + b"\n"])
     assert learn(now()) == [("parcels/2.jsonl", "promoted", "2")]
 
 
+@pytest.mark.usefixtures("without_mlflow")
 def test_what_exceeds_the_months_budget_waits_for_the_next_month(tiny_base: Path, home: Path) -> None:
     policy = add(tiny_base, budget_hours=1e-6).retrain
     land(home, "parcels/1.jsonl", ROWS[:40], age=200)
@@ -256,6 +221,7 @@ def test_what_exceeds_the_months_budget_waits_for_the_next_month(tiny_base: Path
     assert learn(following) == [("bank/1.jsonl", "promoted", "2")]
 
 
+@pytest.mark.usefixtures("without_mlflow")
 def test_a_run_that_was_killed_learns_exactly_the_files_that_it_had_fixed(tiny_base: Path, home: Path) -> None:
     add(tiny_base, min_rows=50)
     land(home, "parcels/1.jsonl", ROWS[:30], age=200)
@@ -296,23 +262,7 @@ asyncio.run(flows.watch.watch.fn(read_lineage(open_store(), "l"), True, 0.01))
         child.communicate()
 
 
-def test_a_batch_that_failed_is_tried_again_without_what_landed_since(
-    tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    add(tiny_base, min_rows=50)
-    land(home, "parcels/1.jsonl", ROWS[:55])
-
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("the server is away")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Versions, "register", fail)
-        assert learn(now()) == [("parcels/1.jsonl", "failed", None)]
-    land(home, "parcels/2.jsonl", ROWS[60:])
-    assert learn(now() + DAY) == [("parcels/1.jsonl", "promoted", "1")]
-    assert [each.num_files for each in waiting(home, now())] == [1]
-
-
+@pytest.mark.usefixtures("without_mlflow")
 def test_a_bad_file_is_refused_alone_and_the_good_ones_are_learned(tiny_base: Path, home: Path) -> None:
     add(tiny_base, min_rows=50)
     land(home, "parcels/damaged.parquet", [b"nonsense"], age=400)
@@ -330,22 +280,6 @@ def test_a_bad_file_is_refused_alone_and_the_good_ones_are_learned(tiny_base: Pa
     assert read_state(open_store(), "l").batches == ()
 
 
-class Said:
-    """Keeps the messages of a run."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def said(self, message: str) -> None:
-        self.lines.append(message)
-
-    def stage_started(self, stage: str) -> None: ...
-
-    def advanced(self, stage: str, done: float, total: float | None, detail: str = "") -> None: ...
-
-    def stage_finished(self, stage: str, seconds: float, detail: str) -> None: ...
-
-
 def test_the_commands_say_what_waits_and_for_how_long(tiny_base: Path, home: Path) -> None:
     spec = add(tiny_base, **WEEKLY, min_rows=200, max_wait_days=7)
     land(home, "parcels/1.jsonl", ROWS[:40])
@@ -356,11 +290,8 @@ def test_the_commands_say_what_waits_and_for_how_long(tiny_base: Path, home: Pat
     (line,) = said.lines
     assert line.startswith("parcels: 1 file with 40 rows has been waiting since ")
     assert "40 of 200 rows have landed; the next check is on Sun " in line
-    with put_back():
-        answer = CliRunner().invoke(app, ["status"])
-        as_json = json.loads(CliRunner().invoke(app, ["status", "--json"]).output)
-    assert " ".join(line.split()) in " ".join(answer.output.split())
-    (lineage,) = as_json["lineages"]
+    assert " ".join(line.split()) in " ".join(deal("status").split())
+    (lineage,) = deal_json("status")["lineages"]
     assert (lineage["waiting"][0]["num_rows"], lineage["waiting"][0]["is_due"]) == (40, False)
 
 

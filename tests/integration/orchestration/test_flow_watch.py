@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +10,10 @@ from typing import Any
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
 import deal_pipeline.cli.demo
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from deal_core.errors import StoreError, TrainingDivergedError
-from deal_pipeline.cli.app import app
 from deal_pipeline.server.status import read_status
 from flows.watch import WatchResult, watch
 from infra.store.base import ObjectStore
@@ -29,26 +25,11 @@ from tasks.inbox import look as look_at_inbox
 from tasks.lineage.settings import WatchedLineage, add_lineage
 from tasks.progress import Interrupted, ask_to_stop, reporting_to
 from tasks.spec import parse
-from tests.in_process import put_back
+from tests.arriving import Said, land
+from tests.in_process import deal
 from tests.receiver import Receiver
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home", "without_mlflow")
-
-
-class Said:
-    """Keeps the messages of a run."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def said(self, message: str) -> None:
-        self.lines.append(message)
-
-    def stage_started(self, stage: str) -> None: ...
-
-    def advanced(self, stage: str, done: float, total: float | None, detail: str = "") -> None: ...
-
-    def stage_finished(self, stage: str, seconds: float, detail: str) -> None: ...
 
 
 def lineage(base: Path, **settings: Any) -> WatchedLineage:
@@ -67,15 +48,6 @@ def look(spec: WatchedLineage, **options: Any) -> tuple[WatchResult, list[str]]:
     with reporting_to(said):
         result = asyncio.run(watch(spec, once=True, poll_seconds=0.01, **options))
     return result, said.lines
-
-
-def land(home: Path, name: str, content: bytes, age: int = 100) -> Path:
-    path = home / "store" / "inbox" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    stamp = 1_700_000_000 - age
-    os.utime(path, (stamp, stamp))
-    return path
 
 
 def outcomes(result: WatchResult) -> list[tuple[str, str]]:
@@ -107,59 +79,44 @@ def test_arrivals_are_learned_in_order_and_once(tiny_base: Path, home: Path) -> 
     assert outcomes(result) == [("clinic/c.csv", "promoted")], "the lineage knows which columns the task has"
     assert [info.version for info in Versions(open_store()).all("l")] == ["1", "2", "3"]
 
-    other, _ = look(lineage(tiny_base, lineage="m", strategy="seq_lora", tasks=["parcels"]))
-    assert outcomes(other) == [("parcels/a.jsonl", "promoted"), ("parcels/again.jsonl", "repeat")]
-    assert [info.strategy for info in Versions(open_store()).all("m")] == ["seq_lora"]
 
-
-def test_a_folder_is_learned_as_one_arrival_once_it_is_complete(tiny_base: Path, home: Path) -> None:
-    lines = PARCELS.splitlines(keepends=True)
-    land(home, "parcels/may/part-0.jsonl", b"".join(lines[:20]))
-    land(home, "parcels/may/day=2/part-0.jsonl", b"".join(lines[20:]) + b"{}\n")
-    spec = lineage(tiny_base)
+def test_a_folder_that_may_be_written_is_waited_for_and_said_once(tiny_base: Path, home: Path) -> None:
+    """What it is as an arrival: tests/unit/tasks/test_data_files.py."""
+    land(home, "parcels/may/part-0.jsonl", PARCELS)
     for _ in range(3):
-        result, said = look(spec)
+        result, said = look(lineage(tiny_base))
         assert result.files == (), "its writer may be between two files"
-    assert said == ["parcels/may has no file _SUCCESS; it is learned when nothing in it has changed for 300 seconds."]
-
-    land(home, "parcels/may/_SUCCESS", b"")
-    result, _ = look(spec)
-    assert outcomes(result) == [("parcels/may", "promoted")]
-    store, dataset = open_store(), result.runs[0].dataset
-    (bad,) = map(json.loads, store.get_bytes(str(dataset.quarantine)).splitlines())
-    assert (bad["file"], bad["row"]) == ("may/day=2/part-0.jsonl", len(lines) - 19)
-    assert look(spec)[0].files == ()
-    land(home, "parcels/whole.jsonl", PARCELS)
-    assert outcomes(look(spec)[0]) == [("parcels/whole.jsonl", "repeat")], "the same rows in one file"
-    land(home, "parcels/may/part-1.csv", b"text,label\na,b\n")
-    (seen,) = look(spec)[0].files
-    assert (seen.key, seen.outcome) == ("inbox/parcels/may", "refused"), "a changed folder is a changed arrival"
-    assert "more than one format: may/part-1.csv, and the others are jsonl files" in seen.message
+        assert said == [
+            "parcels/may has no file _SUCCESS; it is learned when nothing in it has changed for 300 seconds."
+        ]
 
 
 def test_a_file_that_ends_its_reader_stops_no_other_and_is_set_aside(tiny_base: Path, home: Path) -> None:
     """Twice it is tried, as the first time may have been for want of memory."""
     aborts = (Path(__file__).parents[2] / "data" / "abort.parquet").read_bytes()
     add_lineage(open_store(), WatchedLineage(lineage="l"))
-    lines = PARCELS.splitlines(keepends=True)
-    land(home, "parcels/a.jsonl", b"".join(lines[::2]), age=300)
-    land(home, "parcels/b.parquet", aborts, age=200)
-    land(home, "parcels/c.jsonl", b"".join(lines[1::2]), age=100)
+    for name, content, age in (
+        ("a.jsonl", b"nonsense\n", 300),
+        ("b.parquet", aborts, 200),
+        ("c.jsonl", b"none\n", 100),
+    ):
+        land(home, f"parcels/{name}", content, age)
     result, said = look(lineage(tiny_base))
-    good = [("parcels/a.jsonl", "promoted"), ("parcels/c.jsonl", "promoted")]
-    assert outcomes(result) == [good[0], ("parcels/b.parquet", "failed"), good[1]]
+    wanted = [("parcels/a.jsonl", "refused"), ("parcels/b.parquet", "failed"), ("parcels/c.jsonl", "refused")]
+    assert outcomes(result) == wanted
     assert any(line.startswith("Failed: b.parquet ended the process that reads it (SIGABRT") for line in said)
-    (status,) = asyncio.run(read_status(home)).lineages
-    assert "Failed 1 times; it is tried again from" in status.failed[0]
 
+    def reason() -> str:
+        (status,) = asyncio.run(read_status(home)).lineages
+        assert status.num_open == 0
+        (line,) = (line for line in status.failed if line.startswith("inbox/parcels/b.parquet: "))
+        return line
+
+    assert "Failed 1 times; it is tried again from" in reason()
     result, said = look(lineage(tiny_base))
     assert outcomes(result) == [("parcels/b.parquet", "refused")]
-    (status,) = asyncio.run(read_status(home)).lineages
-    (reason,) = status.failed
-    assert reason.startswith("inbox/parcels/b.parquet: b.parquet ended the process that reads it (SIGABRT")
-    assert "did so in 2 tries, so it is set aside" in reason and status.num_open == 0
+    assert "did so in 2 tries, so it is set aside" in reason()
     assert look(lineage(tiny_base))[0].files == ()
-    assert [info.version for info in Versions(open_store()).all("l")] == ["1", "2"]
 
 
 @pytest.mark.nightly
@@ -185,9 +142,8 @@ def test_a_file_that_failed_is_learned_once_nothing_hinders_it(
     (status,) = asyncio.run(read_status(home)).lineages
     assert status.num_open == 0 and "deal adapt SPEC --watch --once --lineage l" in status.failed[0]
     assert "tried again from" not in status.failed[0]
-    with put_back():
-        codes = [CliRunner().invoke(app, ["status", "--json", *words]).exit_code for words in ([], ["--check"])]
-    assert codes == [0, 1]
+    deal("status")
+    deal("status", "--check", code=1)
     with monkeypatch.context() as patch:
         patch.setattr(Versions, "register", fail)
         failed, said = look(lineage(tiny_base))
@@ -258,23 +214,11 @@ def test_a_watch_outlasts_a_store_that_is_away(tiny_base: Path, home: Path, monk
         asyncio.run(watch(lineage(tiny_base), once=True, poll_seconds=0.01))
 
 
-def test_test_rows_beside_an_arrival_are_no_arrival(tiny_base: Path, home: Path) -> None:
-    land(home, "bank/task.yaml", b"test_data: held-out.jsonl\n")
-    land(home, "bank/held-out.jsonl", (EXAMPLES / "bank" / "test.jsonl").read_bytes(), age=300)
-    land(home, "bank/train.jsonl", (EXAMPLES / "bank" / "train.jsonl").read_bytes())
-    result, _ = look(lineage(tiny_base))
-    assert outcomes(result) == [("bank/train.jsonl", "promoted")]
-    assert (result.runs[0].dataset.num_train, result.runs[0].dataset.num_test) == (72, 36)
-
-
 @pytest.mark.parametrize(
     ("files", "message"),
     [
         ({"bank/bad.jsonl": b'{"text": "", "label": "a"}\n' * 3}, "cannot be used"),
-        ({"bank/x.txt": b"text"}, "x.txt"),
         ({"bank/task.yaml": b"instructions: typo\n", "bank/x.csv": b"text,label\na,b\n"}, "unknown key 'instructions'"),
-        ({"bank/task.yaml": b"template: no text\n", "bank/x.csv": b"text,label\na,b\n"}, "{text}"),
-        ({"bank/task.yaml": b"test_data: ../test.csv\n", "bank/x.csv": b"text,label\na,b\n"}, "'test_data': no file"),
         ({"-odd name/x.csv": b"text,label\na,b\n"}, "name"),
     ],
 )
@@ -293,41 +237,6 @@ def test_what_cannot_be_used_is_said_once(
     task = next(iter(files)).partition("/")[0]
     assert (notice["event"], notice["payload"]["task"]) == ("deal.adaptation.failed", task)
     assert message in notice["payload"]["error"]
-
-
-@pytest.mark.nightly
-def test_a_corrected_task_file_opens_what_was_refused_and_nothing_else(tiny_base: Path, home: Path) -> None:
-    land(home, "parcels/task.yaml", b"labels: [no, such]\n")
-    land(home, "parcels/a.jsonl", PARCELS)
-    assert outcomes(look(lineage(tiny_base))[0]) == [("parcels/a.jsonl", "refused")]
-    land(home, "parcels/task.yaml", b"instruction: What is the matter?\n", age=50)
-    assert outcomes(look(lineage(tiny_base))[0]) == [("parcels/a.jsonl", "promoted")]
-    land(home, "parcels/task.yaml", b"instruction: What is the matter\n", age=20)
-    assert outcomes(look(lineage(tiny_base))[0]) == []
-
-
-@pytest.mark.nightly
-def test_a_base_model_that_cannot_be_had_closes_no_arrival(tiny_base: Path, home: Path, tmp_path: Path) -> None:
-    land(home, "parcels/a.jsonl", PARCELS)
-    failed, said = look(lineage(tmp_path / "away"))
-    assert outcomes(failed) == [("parcels/a.jsonl", "failed")]
-    assert any(line.startswith("Failed: ") and "There is no file or folder" in line for line in said)
-    (status,) = asyncio.run(read_status(home)).lineages
-    assert status.num_open == 1 and not status.failed, "lineage 'default' has not tried it"
-    add_lineage(open_store(), WatchedLineage(lineage="l"))
-    (status,) = asyncio.run(read_status(home)).lineages
-    assert status.num_open == 0 and "tried again from" in status.failed[0]
-    assert outcomes(look(lineage(tiny_base))[0]) == [("parcels/a.jsonl", "promoted")]
-
-
-def test_the_status_tells_of_files_that_no_watch_can_see(home: Path) -> None:
-    land(home, "bank/two\nlines.csv", b"text,label\na,b\n")
-    (problem,) = asyncio.run(read_status(home)).problems
-    assert "'inbox/bank/two\\nlines.csv'" in problem and "control character" in problem and "rename" in problem
-    for number in range(100):
-        land(home, f"bank/\n{number}.csv", b"text,label\na,b\n")
-    problems = asyncio.run(read_status(home)).problems
-    assert len(problems) == 21 and problems[-1].startswith("81 more files")
 
 
 def test_a_watch_of_some_tasks_leaves_the_others_alone(tiny_base: Path, home: Path) -> None:

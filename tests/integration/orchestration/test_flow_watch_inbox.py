@@ -3,39 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from prefect.client.orchestration import get_client
 
 import flows.watch
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
-from deal_core.errors import ConfigError
-from flows.lock import LineageBusyError, lock_lineage
 from flows.sensor import watch_inbox
 from flows.watch import adapt_landed
-from infra.lineage_state import lineages_with_state, read_ended, read_state
+from infra.lineage_state import lineages_with_state, read_state
 from infra.store.local import FileStore
 from infra.store.opening import open_store
-from infra.versions import Versions
 from tasks.inbox import look as look_at_inbox
 from tasks.lineage.settings import WatchedLineage, add_lineage, list_lineages, pause_lineage, read_lineage
 from tasks.spec import parse
+from tests.arriving import land
 
 ROWS = (EXAMPLES / "parcels" / "messages.jsonl").read_bytes()
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home", "without_mlflow", "adapt_deployment")
-
-
-def land(home: Path, name: str, content: bytes = ROWS, age: int = 100) -> None:
-    path = home / "store" / "inbox" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    stamp = 1_700_000_000 - age
-    os.utime(path, (stamp, stamp))
 
 
 def lineage(name: str, **settings: Any) -> WatchedLineage:
@@ -50,8 +38,8 @@ def look() -> int:
 def test_each_lineage_is_told_of_its_tasks(home: Path) -> None:
     add_lineage(open_store(), lineage("all"))
     add_lineage(open_store(), lineage("some", tasks=["clinic"]))
-    land(home, "parcels/a.jsonl")
-    land(home, "clinic/a.csv")
+    land(home, "parcels/a.jsonl", ROWS)
+    land(home, "clinic/a.csv", ROWS)
     assert look() == 2
     assert {name: sorted(read_state(open_store(), name).arrivals) for name in ("all", "some")} == {
         "all": ["inbox/clinic/a.csv", "inbox/parcels/a.jsonl"],
@@ -70,7 +58,7 @@ def test_a_run_does_not_wait_for_a_folder_that_may_be_written_for_long(
 ) -> None:
     """It would keep a worker. The folder is announced when it is complete."""
     add_lineage(open_store(), lineage("l", tasks=["parcels"]))
-    land(home, "parcels/may/a.jsonl")
+    land(home, "parcels/may/a.jsonl", ROWS)
     assert look() == 0
     run = asyncio.wait_for(adapt_landed("l", settle_seconds=0.1), timeout=120)
     assert asyncio.run(run).files == ()
@@ -82,7 +70,7 @@ def test_a_held_lineage_is_told_of_nothing_until_it_may_learn_again(home: Path) 
     for name in ("held", "other"):
         add_lineage(open_store(), lineage(name, tasks=["parcels"]))
     pause_lineage(open_store(), "held", "the labels are being corrected")
-    land(home, "parcels/a.jsonl")
+    land(home, "parcels/a.jsonl", ROWS)
     assert look() == 1 and told_lineages() == {"other"}
     assert asyncio.run(adapt_landed("held", settle_seconds=0.1)).files == ()
     pause_lineage(open_store(), "held", None)
@@ -93,7 +81,7 @@ def test_a_held_lineage_is_told_of_nothing_until_it_may_learn_again(home: Path) 
 def test_a_look_lists_the_inbox_once_for_all_lineages(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add_lineage(open_store(), lineage("one"))
     add_lineage(open_store(), lineage("two"))
-    land(home, "parcels/a.jsonl")
+    land(home, "parcels/a.jsonl", ROWS)
     listed: list[str] = []
     original = FileStore.list
     monkeypatch.setattr(FileStore, "list", lambda self, prefix="": listed.append(prefix) or original(self, prefix))
@@ -106,7 +94,7 @@ def test_a_task_file_is_read_again_when_it_has_changed_and_not_before(
 ) -> None:
     land(home, "bank/task.yaml", b"test_data: old.jsonl\n")
     for name in ("old", "new"):
-        land(home, f"bank/{name}.jsonl")
+        land(home, f"bank/{name}.jsonl", ROWS)
     land(home, "parcels/task.yaml", b"instruction: Which?\n")
     read: list[str] = []
     original = FileStore.get_bytes
@@ -127,7 +115,7 @@ def test_what_is_wrong_with_one_lineage_holds_up_no_other(home: Path) -> None:
     add_lineage(open_store(), lineage("damaged"))
     add_lineage(open_store(), lineage("whole"))
     open_store().put_bytes("lineages/damaged.state.json", b"nonsense")
-    land(home, "parcels/a.jsonl")
+    land(home, "parcels/a.jsonl", ROWS)
     assert look() == 1
     assert read_state(open_store(), "whole").claimed is not None
 
@@ -141,16 +129,6 @@ def test_a_broken_lineage_file_holds_up_no_other(home: Path, caplog: pytest.LogC
     assert "unknown key 'strategi'" in caplog.text and "is about lineage 'good'" in caplog.text
 
 
-def test_a_lineage_file_says_only_what_was_given(home: Path) -> None:
-    given = lineage("short", tasks=["bank"], strategy="seq_lora")
-    add_lineage(open_store(), given)
-    stored = yaml.safe_load(open_store().get_bytes("lineages/short.yaml"))
-    assert stored == {"lineage": "short", "tasks": ["bank"], "strategy": "seq_lora"}
-    assert read_lineage(open_store(), "short") == given
-    with pytest.raises(ConfigError, match="deal lineage apply"):
-        read_lineage(open_store(), "nobody")
-
-
 def small(name: str, base: Path) -> WatchedLineage:
     return lineage(
         name,
@@ -158,32 +136,6 @@ def small(name: str, base: Path) -> WatchedLineage:
         gate=NO_LIMITS,
         train={"max_steps": 2, "max_prompt_tokens": 192, "checkpoint_steps": 0},
     )
-
-
-def test_a_run_takes_all_that_is_open_and_what_lands_meanwhile(home: Path, tiny_base: Path) -> None:
-    add_lineage(open_store(), small("l", tiny_base))
-    rows = ROWS.splitlines(keepends=True)
-    land(home, "parcels/2.jsonl", b"".join(rows[:20]), age=50)
-    land(home, "parcels/1.jsonl", b"".join(rows[20:40]), age=100)
-    result = asyncio.run(adapt_landed("l", settle_seconds=0.01))
-    assert [seen.key for seen in result.files] == ["inbox/parcels/1.jsonl", "inbox/parcels/2.jsonl"]
-    assert [version.parent_version for version in Versions(open_store()).all("l")] == [None, "1"]
-    assert asyncio.run(adapt_landed("l")).files == ()
-
-
-def test_a_run_that_finds_its_lineage_at_work_ends_at_once(home: Path, tiny_base: Path) -> None:
-    add_lineage(open_store(), small("busy", tiny_base))
-    land(home, "parcels/a.jsonl")
-
-    async def two() -> Any:
-        async with lock_lineage("busy"):
-            with pytest.raises(LineageBusyError):
-                async with lock_lineage("busy", wait=False):
-                    pass
-            return await adapt_landed("busy", settle_seconds=0.01)
-
-    assert asyncio.run(two()).files == ()
-    assert Versions(open_store()).all("busy") == ()
 
 
 def test_the_server_carries_the_automations_once() -> None:
@@ -220,18 +172,3 @@ def test_a_pause_stops_the_files_that_a_run_has_not_begun(
     assert {key: note.state for key, note in read_state(store, "l").arrivals.items()} == {
         "inbox/parcels/b.jsonl": "waiting"
     }
-
-
-def test_an_end_is_noted_until_its_file_is_gone_and_an_arrival_that_failed_stays_open(
-    home: Path, tmp_path: Path
-) -> None:
-    add_lineage(open_store(), lineage("l", base_model=str(tmp_path / "away")))
-    land(home, "parcels/a.jsonl")
-    land(home, "bank/bad.jsonl", b"nonsense\n")
-    result = asyncio.run(adapt_landed("l", settle_seconds=0.01))
-    assert sorted(seen.outcome for seen in result.files) == ["failed", "refused"]
-    (home / "store" / "inbox" / "bank" / "bad.jsonl").unlink()
-    land(home, "bank/worse.jsonl", b"more nonsense\n")
-    asyncio.run(adapt_landed("l", settle_seconds=0.01))
-    assert [*read_ended(open_store(), "l")] == ["inbox/bank/worse.jsonl"]
-    assert [*read_state(open_store(), "l").arrivals] == ["inbox/parcels/a.jsonl"]

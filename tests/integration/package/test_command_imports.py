@@ -44,7 +44,7 @@ READING = [
 ]
 ANSWERING = [
     (["predict", "I lost my card.", "--lineage", "l"], SERVICES | TABLES | {"sklearn"}),
-    (["predict", "--data", str(BANK / "test.jsonl"), "--out", "OUT", "--lineage", "l"], SERVICES | TABLES),
+    (["predict", "--data", "FEW", "--out", "OUT", "--lineage", "l"], SERVICES | TABLES),
     (["check", "NEW", "--task", "bank"], SERVICES),  # the champion answers the rows
 ]
 
@@ -54,9 +54,10 @@ def test_a_command_imports_only_what_it_needs(
     copied_home: Path, tmp_path: Path, commands: list[tuple[list[str], set[str]]]
 ) -> None:
     """The commands run one after another in one process; what one imports counts for the next ones too."""
-    paths = {"OUT": tmp_path / "out.jsonl", "NEW": tmp_path / "new.jsonl"}
-    rows = [json.loads(line) for line in (BANK / "train.jsonl").read_text().splitlines()]
+    paths = {name: tmp_path / f"{name.lower()}.jsonl" for name in ("OUT", "NEW", "FEW")}
+    rows = [json.loads(line) for line in (BANK / "train.jsonl").read_text().splitlines()[:20]]
     paths["NEW"].write_text("\n".join(json.dumps({**row, "text": f"{row['text']} Please."}) for row in rows))
+    paths["FEW"].write_text("\n".join(map(json.dumps, rows[:3])))
     home = ["--home", str(copied_home)]
     words = [[str(paths.get(word, word)) for word in arguments] + home for arguments, _ in commands]
     done = subprocess.run(

@@ -9,9 +9,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import cache
-from html.parser import HTMLParser
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import click
 import pytest
@@ -28,25 +27,6 @@ NAMED_COMMAND = re.compile(r"""\bdeal ([a-z]+)(?: ([a-z][a-z-]+))?([^"'<;,)`\n]*
 """A command with an option, in a sentence of a message or of a page that the product writes."""
 
 
-class Html(HTMLParser):
-    """The links, the ids, and what a page loads."""
-
-    def __init__(self, page: Path) -> None:
-        super().__init__()
-        self.links: list[str] = []
-        self.ids: set[str] = set()
-        self.loads: list[str] = []
-        self.feed(page.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = {name: value or "" for name, value in attrs}
-        self.ids |= {values["id"]} if "id" in values else set()
-        if tag == "a" and "href" in values:
-            self.links.append(values["href"])
-        elif tag in ("img", "script", "link", "iframe") and (address := values.get("src") or values.get("href")):
-            self.loads.append(address)
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
@@ -61,20 +41,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_link_leads_somewhere_and_no_page_loads_from_elsewhere(site: Path) -> None:
-    pages = {path: Html(path) for path in site.rglob("*.html") if path.name != "404.html"}
+def test_no_page_loads_from_elsewhere(site: Path) -> None:
+    """That every link leads somewhere is checked by the build: it is strict, and mkdocs.yml says what it validates."""
+    pages = [path for path in site.rglob("*.html") if path.name != "404.html"]
     assert len(pages) > 20
-    for path, page in pages.items():
-        assert not [address for address in page.loads if urlsplit(address).netloc], path
-        for address in [*page.links, *page.loads]:
-            parts = urlsplit(address)
-            if parts.scheme or parts.netloc:
-                continue
-            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
-            target = target / "index.html" if target.is_dir() else target
-            assert target.is_file(), f"{path.relative_to(site)} links to {address}"
-            if parts.fragment and target in pages:
-                assert unquote(parts.fragment) in pages[target].ids, f"{path.relative_to(site)} links to {address}"
+    for page in pages:
+        tags = r'<(?:img|script|link|iframe)\b[^>]*\b(?:src|href)="([^"]*)"'
+        loaded = re.findall(tags, page.read_text(encoding="utf-8"))
+        assert loaded and not [address for address in loaded if urlsplit(address).netloc], page
 
 
 def test_every_setting_has_its_line_with_its_meaning(site: Path) -> None:

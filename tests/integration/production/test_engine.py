@@ -48,6 +48,7 @@ from infra.store.opening import open_store
 from tests.fake_vllm import NOTHING, WAIT_SECONDS, FakeVllm, running
 from tests.served import following
 from tests.stored_versions import move, store_version
+from tests.waiting import wait_for
 
 TASKS = (
     TaskSchema(name="bank", labels=("card lost", "card stolen", "balance"), instruction="What is it about?"),
@@ -199,13 +200,6 @@ def front(*engines: FakeVllm, said: list[str] | None = None, **settings: Any) ->
         log.close()
 
 
-def wait_for(check: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not check():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def events_of(answer: httpx.Response) -> Iterator[dict[str, Any]]:
     for line in answer.iter_lines():
         if line.startswith("data: {"):
@@ -284,26 +278,24 @@ def test_settings_of_a_request_reach_the_engine(engine: FakeVllm, alone: Alone) 
     assert plain.json()["id"] == f"cmpl-{logged()[0]['id']}"
 
 
-@pytest.mark.parametrize(
-    ("changes", "status", "message"),
-    [
-        ({"model": "other"}, 404, "l is served here"),
-        ({"model": "l@9/notes"}, 404, "version 1 does"),
-        ({"model": "l/nope"}, 404, "knows bank, notes, talk"),
-        ({"temperature": 3}, 400, r"temperature must be in \[0, 2\]"),
-        ({"n": 2, "temperature": 0}, 400, "greedy sampling"),
-        ({"stream": True, "temperature": 3}, 400, r"temperature must be in \[0, 2\]"),
-        ({"logprobs": 21}, 400, "from 0 to 20"),
-        ({"max_tokens": 0}, 400, "max_tokens"),
-        ({"n": "2"}, 400, "n is"),
-    ],
+WRONG: tuple[tuple[dict[str, Any], int, str], ...] = (
+    ({"model": "l@9/notes"}, 404, "version 1 does"),
+    ({"temperature": 3}, 400, r"temperature must be in \[0, 2\]"),
+    ({"n": 2, "temperature": 0}, 400, "greedy sampling"),
+    ({"stream": True, "temperature": 3}, 400, r"temperature must be in \[0, 2\]"),
+    ({"logprobs": 21}, 400, "from 0 to 20"),
+    ({"max_tokens": 0}, 400, "max_tokens"),
+    ({"n": "2"}, 400, "n is"),
 )
-def test_what_is_wrong_is_refused(engine: FakeVllm, changes: dict[str, Any], status: int, message: str) -> None:
+
+
+def test_what_is_wrong_is_refused_and_the_engine_is_not_blamed(engine: FakeVllm) -> None:
     with front(engine) as found:
-        answer = found.ask(**changes)
-        assert answer.status_code == status
-        assert re.search(message, answer.json()["error"]["message"])
-        assert all(each["problem"] is None for each in found.state()["engines"]), "the engine is blamed"
+        for changes, status, message in WRONG:
+            answer = found.ask(**changes)
+            assert answer.status_code == status, changes
+            assert re.search(message, answer.json()["error"]["message"])
+        assert all(each["problem"] is None for each in found.state()["engines"])
 
 
 @pytest.mark.parametrize(
@@ -368,15 +360,16 @@ def tried(found: Front) -> str | None:
     return found.champion.rollout.trial and found.champion.rollout.trial.version if found.champion.rollout else None
 
 
-@pytest.mark.parametrize(("num_pieces", "answering"), [(None, "2"), (0, "1"), (1, "2")], ids=["well", "0", "1"])
-@pytest.mark.parametrize("is_stream", [True, False])
+@pytest.mark.parametrize(
+    ("is_stream", "num_pieces", "answering"), [(True, None, "2"), (True, 0, "1"), (True, 1, "2"), (False, 1, "1")]
+)
 def test_a_canary_that_fails_is_replaced_by_the_champion_unless_its_pieces_have_come(
     tiny_base: Path,
     register: Callable[..., None],
     alone: Alone,
+    is_stream: bool,
     num_pieces: int | None,
     answering: str,
-    is_stream: bool,
 ) -> None:
     register("canary")
     engine = FakeVllm(tiny_base)
@@ -387,7 +380,6 @@ def test_a_canary_that_fails_is_replaced_by_the_champion_unless_its_pieces_have_
         if num_pieces is not None:
             engine.broken[candidate] = num_pieces
         if not is_stream:
-            answering = "2" if num_pieces is None else "1"
             answer = found.ask()
             assert answer.headers["X-Deal-Version"] == answering
             assert answer.json()["choices"][0]["text"] == alone(answering).answers[1]
@@ -782,11 +774,11 @@ def test_two_fronts_share_an_engine_and_unload_nothing_that_the_other_one_uses(
             moved = time.monotonic()
             wait_for(lambda: time.monotonic() > moved + 4 * GRACE_SECONDS)
             assert ("unload", first) not in engine.calls and first in engine.adapters, "the other front uses it"
-            monkeypatch.setattr(engines_module, "FRONT_SECONDS", 10.0)
             for found in (one, other):
                 assert found.ask().json()["choices"][0]["text"] == alone("2").answers[1]
             engine.pace[first].set()
             text += "".join(choice["text"] for event in events for choice in event["choices"])
         assert text.strip() == alone("1").answers[1]
+        monkeypatch.setattr(engines_module, "FRONT_SECONDS", 0.05)
         wait_for(lambda: list(engine.adapters) == [one.name()])
         assert one.name() == other.name()

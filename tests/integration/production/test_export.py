@@ -13,12 +13,10 @@ import pytest
 import torch
 from peft import LoraModel, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
 
 from deal_core.adapter.files import CONFIG_FILE, WEIGHTS_FILE
 from deal_core.errors import ConfigError, IntegrityError, RegistryError
 from deal_core.evaluation.answering import read_served
-from deal_pipeline.cli.app import app
 from flows.forget import forget
 from infra.settings import EngineSettings
 from infra.store.keys import export_folder
@@ -28,7 +26,7 @@ from tasks.lineage.history import find_version
 from tasks.predict import Answer, predict
 from tasks.serving.export import _compared, export_version
 from tasks.serving.publish import publish
-from tests.in_process import put_back
+from tests.in_process import deal_json
 from tests.loopback import Loopback
 from tests.registering import register
 
@@ -225,7 +223,5 @@ def test_a_published_folder_is_what_vllms_resolver_looks_for_and_never_changes(t
     with pytest.raises(ConfigError, match="its rank is"):
         publish(open_store(), "l", folder, EngineSettings(max_lora_rank=1), version="1")
 
-    words = ["version", "export", "1", "-l", "l", "--format", "vllm", "--out", str(folder)]
-    with put_back():
-        answer = CliRunner().invoke(app, [*words, "--base-model", "ours/base", "--json"])
-    assert json.loads(answer.output)["model"] == "l-v1" and resolved(folder, "ours/base", "l-v1")
+    words = ("version", "export", "1", "-l", "l", "--format", "vllm", "--out", str(folder))
+    assert deal_json(*words, "--base-model", "ours/base")["model"] == "l-v1" and resolved(folder, "ours/base", "l-v1")

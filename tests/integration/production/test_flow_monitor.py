@@ -12,12 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
-from typer.testing import CliRunner
 
 from deal_core.data.rows import stored_input_digest
 from deal_core.errors import ConfigError
 from deal_core.judging_config import DriftLimits
-from deal_pipeline.cli.app import app
 from flows.champions import evaluate, monitor, monitor_lineages
 from flows.forget import forget
 from infra.lineage_state import read_state
@@ -31,7 +29,7 @@ from tasks.monitoring.look import MonitorResult
 from tasks.monitoring.rows import REFERENCE_FILE, champion_since, read_reference
 from tasks.predict import predict_file
 from tests.adapting import CLINIC
-from tests.in_process import put_back
+from tests.in_process import deal, deal_json
 from tests.monitored import feedback_on, put_feedback, put_predictions
 from tests.receiver import Receiver
 
@@ -63,14 +61,6 @@ def live(seed: int, *, task: str = "bank", version: str = "3", **columns: Any) -
 
 def look(**options: Any) -> MonitorResult:
     return asyncio.run(monitor("l", **options))
-
-
-def deal(*arguments: str) -> str:
-    """The output of a command. Its changes in this process are undone."""
-    with put_back():
-        result = CliRunner().invoke(app, list(arguments))
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 def store_has_baseline() -> bool:
@@ -106,6 +96,7 @@ def live_of(reference: pd.DataFrame) -> pd.DataFrame:
     return reference.assign(time=time.time() + 1.0, version="3", seconds=0.1)
 
 
+@pytest.mark.usefixtures("without_mlflow")
 def test_an_alarm_is_announced_once_until_it_was_gone(lineage: Path, receiver: Receiver) -> None:
     store = open_store()
     assert "has no answer of version 3" in (look().problem or "")
@@ -139,7 +130,7 @@ def test_an_alarm_is_announced_once_until_it_was_gone(lineage: Path, receiver: R
 def test_a_look_is_kept_in_mlflow_on_the_page_and_in_the_status(lineage: Path, tmp_path: Path) -> None:
     put_predictions(open_store(), "l", pd.concat([live(1), live(1, task="clinic", confidence=0.999)]), "a")
     before = RunJournal(open_store()).all("l")
-    found = json.loads(deal("monitor", "--lineage", "l", "--json"))
+    found = deal_json("monitor", "--lineage", "l")
     deal("monitor", "--lineage", "l", "--json")
     assert {each["kind"] for each in found["new_alarms"]} == {"drift"}
     client = MlflowClient(f"sqlite:///{lineage / 'mlflow.db'}")
@@ -165,11 +156,10 @@ def test_a_look_is_kept_in_mlflow_on_the_page_and_in_the_status(lineage: Path, t
     assert "alarm" in shown and "deal feedback sample clinic --lineage l" in shown, "what to do is said"
 
 
+@pytest.mark.usefixtures("lineage", "without_mlflow")
 def test_a_look_counts_while_mlflow_is_away(
-    lineage: Path, receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    receiver: Receiver, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     put_predictions(open_store(), "l", live(1, confidence=0.999), "a")
     found = look()
     assert "MLflow lacks a look at version 3" in caplog.text
@@ -246,6 +236,7 @@ def test_answers_of_another_server_are_compared_from_a_file(lineage: Path, tmp_p
         look(data=str(CLINIC["data"]))
 
 
+@pytest.mark.usefixtures("without_mlflow")
 def test_present_traffic_can_take_the_references_place(lineage: Path) -> None:
     store = open_store()
     put_predictions(store, "l", live(1, chars=5000).iloc[:50], "a")

@@ -7,7 +7,7 @@ import json
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from infra.versions import Since, Version, Versions
 from tasks.housekeeping.arrivals import list_data
 from tasks.lineage.history import find_version
 from tasks.lineage.promotion import (
-    announce_decision,
     find_left_behind,
     move_champion,
     promote_to,
@@ -40,7 +39,7 @@ from tasks.spec import AdaptSpec, parse
 from tests.adapting import next_parent
 from tests.conftest import MakeOnce
 from tests.e2e.command import DEAL, environment
-from tests.in_process import KilledError
+from tests.in_process import KilledError, deal, deal_json
 from tests.integration.conftest import copy_home
 from tests.loopback import Loopback, free_port
 from tests.receiver import Receiver
@@ -118,43 +117,17 @@ def aliases() -> dict[str, str]:
 
 
 @pytest.mark.usefixtures("lineage")
-def test_a_rollback_moves_champion_and_previous_and_says_what_it_leaves_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    between = datetime.now(UTC)
-    told: list[tuple[str, str | None, str | None]] = []
-    monkeypatch.setattr(
-        "tasks.lineage.promotion.announce", lambda kind, notice, **_: told.append((kind, notice.version, notice.who))
-    )
-    done = roll_back(open_store(), "l", None, **BY)
-    announce_decision(open_store(), done)
-    assert told == [("rolled back", "1", "tester")]
-    assert (done.before, done.champion) == ("2", "1")
-    assert [(left.version, left.task) for left in done.left_behind] == [("2", "parcels")]
-    assert (aliases()["champion"], aliases()["previous"], aliases()["challenger"]) == ("1", "2", "1")
-    log = PromotionLog(open_store())
-    moves = [(move.action, move.before, move.champion, move.who) for move in log.moves("l")]
-    assert moves == [
-        ("promoted", None, "1", "gate"),
-        ("promoted", "1", "2", "gate"),
-        ("rolled back", "2", "1", "tester"),
-    ]
-    assert log.champion_at("l", between) == "2" and log.champion_at("l", datetime.now(UTC)) == "1"
-
-
-@pytest.mark.usefixtures("lineage")
 def test_page_and_lists_say_that_a_version_was_rolled_back_and_why(home: Path) -> None:
-    def shown(*words: str) -> str:
-        return CliRunner().invoke(app, [*words, "--home", str(home)]).stdout
-
     page = home / "page.html"
     commands = {
         "list": ["version", "list", "--lineage", "l"],
         "show": ["version", "show", "2", "--lineage", "l", "--report", "--out", str(page)],
         "data": ["data", "list"],
     }
-    before = {name: shown(*words) for name, words in commands.items()} | {"page": page.read_text()}
+    before = {name: deal(*words) for name, words in commands.items()} | {"page": page.read_text()}
     assert not any("rolled back" in text for text in before.values())
     roll_back(open_store(), "l", None, who="tester", why="wrong <labels>")
-    after = {name: shown(*words) for name, words in commands.items()} | {"page": page.read_text()}
+    after = {name: deal(*words) for name, words in commands.items()} | {"page": page.read_text()}
     said = "rolled back to version 1 on "
     assert all(said in " ".join(text.split()) for text in after.values())
     assert all("wrong <labels>" in " ".join(after[name].split()) for name in commands)
@@ -256,7 +229,6 @@ def test_a_version_that_would_wait_is_refused_if_its_parent_lost_the_championshi
             learn(tiny_base, "clinic", again=True, approval="manual")
     assert aliases() == {"champion": "3", "previous": "2", "challenger": "4"}
     assert [entry.standing for entry in Versions(open_store()).all("l")][-1] == "left behind", "it does not wait"
-    assert learn(tiny_base, "clinic, more", approval="manual").status == "awaiting approval", "the lineage goes on"
 
 
 @pytest.mark.usefixtures("lineage")
@@ -364,15 +336,13 @@ def test_each_decision_stands_and_ends_well_without_its_prefect_server(home: Pat
 
 
 @pytest.mark.usefixtures("lineage")
-def test_the_commands_say_what_they_did(home: Path) -> None:
-    def deal(*words: str) -> Any:
-        found = CliRunner().invoke(app, [*words, "--lineage", "l", "--home", str(home), "--json"])
-        assert found.exit_code == 0, found.output
-        return json.loads(found.stdout)
+def test_the_commands_say_what_they_did() -> None:
+    def version(*words: str) -> Any:
+        return deal_json("version", *words, "--lineage", "l")
 
-    assert deal("version", "rollback", "--reason", "complaints")["left_behind"][0]["task"] == "parcels"
-    assert deal("version", "list", "--moves")[-1]["why"] == "complaints"
-    assert deal("version", "list", "--at", "2001-01-01")["champion"] is None
-    assert deal("version", "list", "--at", f"{datetime.now():%Y-%m-%dT23:59:59}")["champion"] == "1"
-    assert [each["version"] for each in deal("version", "requeue")] == ["2"]
-    assert deal("version", "promote", "2")["champion"] == "2"
+    assert version("rollback", "--reason", "complaints")["left_behind"][0]["task"] == "parcels"
+    assert version("list", "--moves")[-1]["why"] == "complaints"
+    assert version("list", "--at", "2001-01-01")["champion"] is None
+    assert version("list", "--at", f"{datetime.now():%Y-%m-%dT23:59:59}")["champion"] == "1"
+    assert [each["version"] for each in version("requeue")] == ["2"]
+    assert version("promote", "2")["champion"] == "2"

@@ -22,21 +22,21 @@ from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.settings import get_current_settings
-from typer.testing import CliRunner
 
 from benchmarks.tiny_base import NO_LIMITS
 from deal_core.errors import ConfigError, DataValidationError, RegistryError
-from deal_pipeline.cli.app import app
 from deal_pipeline.server.automations import NEVER_BEGAN, apply_notifications, automations, notifications
 from flows.adapt import adapt
 from flows.adapt_result import AdaptResult
 from infra.report.run_report import RunReport
+from infra.store.keys import report_key
 from infra.store.opening import open_store
 from tasks.lineage.frozen_rows import ANSWERS_FILE
+from tasks.lineage.history import find_version
 from tasks.lineage.reports import save_report
 from tasks.notices import Notice, announce, announce_failure
 from tasks.spec import AdaptSpec, parse
-from tests.in_process import put_back
+from tests.in_process import deal, deal_json
 from tests.receiver import Receiver
 from tests.registering import mlflow_run
 
@@ -69,14 +69,6 @@ def learn(base: Path, file: Path, lineage: str, task: str, **settings: Any) -> A
         **settings,
     }
     return asyncio.run(adapt(parse(AdaptSpec, values, "test")))
-
-
-def deal(*arguments: str) -> Any:
-    """The JSON output of a command. Its changes in this process are undone."""
-    with put_back():
-        result = CliRunner().invoke(app, list(arguments))
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
 
 
 def ask(path: str, body: Any) -> Any:
@@ -149,10 +141,10 @@ def test_a_page_is_shown_in_mlflow_and_written_again_from_the_store_alone(
     (home / "mlflow.db").unlink()
     shutil.rmtree(home / "mlflow-artifacts")
     file = tmp_path / "new" / "page.html"
-    shown = deal("version", "show", "2", "--report", "--lineage", "pages", "--out", str(file), "--json")
+    shown = deal_json("version", "show", "2", "--report", "--lineage", "pages", "--out", str(file))
     assert file.read_bytes() == page and b"Version 2 of pages has learned second, passed the gate" in page
     assert (shown["page"], shown["version"]["since"]["standing"]) == (str(file), "learned")
-    deal("version", "show", "1", "--report", "--lineage", "pages", "--json")
+    deal("version", "show", "1", "--report", "--lineage", "pages")
     assert b"Version 1 of pages" in (home / "reports" / "pages-1.html").read_bytes()
 
     first, second = receiver.told()
@@ -212,18 +204,18 @@ def test_no_text_of_a_row_gets_out_unless_it_may(
     assert PLANTED not in json.dumps(runs) and not [log for log in logs if PLANTED in log["message"]]
 
 
-def test_a_version_without_report_data_is_refused_in_words(home: Path, tiny_base: Path, tmp_path: Path) -> None:
-    result = learn(tiny_base, write_rows(tmp_path / "a.jsonl", "a"), "old", "a", gate={"min_accuracy": 1.0})
-    assert result.status == "rejected"
-    page = save_report(open_store(), "old", "1", tmp_path / "page.html").read_text(encoding="utf-8")
+def test_a_version_without_report_data_is_refused_in_words(copied_home: Path, tmp_path: Path) -> None:
+    """Version 2 of `l` was rejected."""
+    page = save_report(open_store(), "l", "2", tmp_path / "page.html").read_text(encoding="utf-8")
     assert "was rejected by the gate" in page
+    (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="--out"):
-        save_report(open_store(), "old", "1", tmp_path / "a.jsonl" / "page.html")
-    next((home / "store" / "reports").rglob("report.json")).unlink()
+        save_report(open_store(), "l", "2", tmp_path / "file" / "page.html")
+    open_store().delete(report_key("l", find_version(open_store(), "l", "2").run_key, "report.json"))
     with pytest.raises(RegistryError, match="has no report"):
-        save_report(open_store(), "old", "1", tmp_path / "page.html")
+        save_report(open_store(), "l", "2", tmp_path / "page.html")
     with pytest.raises(RegistryError, match="no version 7"):
-        save_report(open_store(), "old", "7", tmp_path / "page.html")
+        save_report(open_store(), "l", "7", tmp_path / "page.html")
 
 
 def test_an_automation_that_is_switched_on_tells_through_a_block(

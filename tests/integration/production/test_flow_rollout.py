@@ -7,19 +7,18 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from deal_core.errors import RegistryError
 from deal_core.judging_config import RolloutTerms
-from deal_pipeline.cli.app import app
 from flows.champions import abort_rollout, check_rollout, finish_rollout
 from flows.promote import decide
 from infra.promotions import PromotionLog
 from infra.store.opening import open_store
 from infra.versions import Version, Versions
 from tasks.lineage.history import find_version
-from tasks.lineage.promotion import find_left_behind, promote_accepted, promote_to, reject_version, roll_back
+from tasks.lineage.promotion import find_left_behind, promote_accepted, promote_to, reject_version
 from tests.adapting import next_parent
+from tests.in_process import deal, deal_json
 from tests.registering import register
 
 BY = {"who": "Ada", "why": "a test"}
@@ -87,14 +86,6 @@ def test_a_newer_version_takes_the_place_of_the_one_in_rollout() -> None:
     assert (in_rollout(), champion(), newest_move()) == (None, "5", ("promoted", "5", "5", "Ada"))
 
 
-def test_a_move_of_the_champion_ends_a_rollout() -> None:
-    begin("a")
-    roll_back(open_store(), "l", "1", **BY)
-    assert (in_rollout(), champion(), standing("4")) == (None, "1", "left behind")
-    promote_to(open_store(), "l", "3", **BY)
-    assert in_rollout() is None, "a rollout that ended does not come back"
-
-
 def test_a_person_or_the_rollout_rejects_the_version() -> None:
     begin("a")
     reject_version(open_store(), "l", "4", **BY)
@@ -120,18 +111,12 @@ def test_with_an_approval_the_person_begins_the_rollout(by_form: bool) -> None:
     assert promote_to(open_store(), "l", "4", **BY).action == "promoted" and (in_rollout(), champion()) == (None, "4")
 
 
-def test_the_commands_say_what_is_tried(home: Path) -> None:
-    def deal(*words: str) -> str:
-        done = CliRunner().invoke(app, [*words, "--lineage", "l", "--home", str(home)])
-        assert done.exit_code == 0, done.output
-        return done.stdout
-
-    assert json.loads(deal("rollout", "status", "--json"))["status"]["version"] is None
+def test_the_commands_say_what_is_tried() -> None:
+    assert deal_json("rollout", "status")["status"]["version"] is None
     begin("a")
-    found = json.loads(deal("rollout", "status", "--apply", "--json"))
+    found = deal_json("rollout", "status", "--apply")
     assert found["decision"] is None and found["status"]["report"]["verdict"] == "goes on"
     assert "0 of 200 answers count. It goes on." in deal("rollout", "status")
     assert "rollout" in deal("version", "list")
-    status = CliRunner().invoke(app, ["status", "--home", str(home)]).stdout
-    assert "l rollout: version 4 is tried (canary) since" in status
+    assert "l rollout: version 4 is tried (canary) since" in deal("status")
     assert "Champion of l: version 4" in deal("rollout", "finish", "--reason", "enough")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from deal_core.config import DataConfig
 from deal_core.data.dataset import Landing, validate_file
@@ -22,8 +21,6 @@ from deal_core.evaluation.answerer import Answered
 from deal_core.evaluation.answering import InputRow, ServedTask, ServedVersion
 from deal_core.evaluation.generation import Confidence
 from deal_core.monitoring.feedback import read_entry
-from deal_pipeline.cli.app import app
-from flows.adapt_result import AdaptResult
 from infra.predictions import read_feedback, read_predictions
 from infra.serving.prediction_log import PredictionLog
 from infra.store.keys import harvest_key
@@ -37,28 +34,23 @@ from tasks.monitoring.select import select_to_label
 from tasks.predict import predict_file
 from tasks.validate import spec_to_check, validate
 from tests.adapting import CLINIC, run
-from tests.in_process import put_back
+from tests.conftest import MakeOnce
+from tests.in_process import deal, deal_json
 
-pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+pytestmark = pytest.mark.usefixtures("prefect_api", "home", "without_mlflow")
 FINDINGS = ("A cough that will not go away for weeks.", "The knee hurts when I climb the stairs.")
 
 
 @pytest.fixture(scope="module")
-def learned_home(
-    prefect_api: None, tiny_base: Path, mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, AdaptResult]:
+def learned_home(tiny_base: Path, home_made_once: MakeOnce) -> Path:
     """A home whose lineage l knows the task clinic, whose files have columns of their own names."""
-    folder = tmp_path_factory.mktemp("learned-home")
-    shutil.copy(mlflow_database, folder / "mlflow.db")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DEAL_HOME", str(folder))
-        return folder, run(tiny_base, CLINIC)
+    return home_made_once("clinic-learned", lambda folder: run(tiny_base, CLINIC))
 
 
 @pytest.fixture
-def labels(home: Path, learned_home: tuple[Path, AdaptResult]) -> tuple[str, ...]:
+def labels(home: Path, learned_home: Path) -> tuple[str, ...]:
     """The labels of clinic, in a copy of that home."""
-    shutil.copytree(learned_home[0], home, dirs_exist_ok=True)
+    shutil.copytree(learned_home, home, dirs_exist_ok=True)
     return tuple(harvesting.task_schemas(open_store(), "l")["clinic"].labels)
 
 
@@ -101,14 +93,6 @@ def write_csv(path: Path, *rows: dict[str, str]) -> Path:
     return path
 
 
-def deal(home: Path, *words: str) -> Any:
-    """Run a command on lineage l, and return its JSON."""
-    with put_back():
-        found = CliRunner().invoke(app, [*words, "--lineage", "l", "--home", str(home), "--json"])
-    assert found.exit_code == 0, found.output
-    return json.loads(found.stdout)
-
-
 def landed(key: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in open_store().get_bytes(key).decode().splitlines()]
 
@@ -143,7 +127,6 @@ def test_numbers_have_nothing_to_harvest(home: Path, labels: tuple[str, ...]) ->
         harvest_feedback(open_store(), "bank", "l")
 
 
-@pytest.mark.usefixtures("home")
 def test_a_harvest_keeps_out_only_its_own_lineage_and_task() -> None:
     with harvesting._alone("a-b", "c"):
         with harvesting._alone("a", "b-c"):
@@ -197,7 +180,7 @@ def test_a_damaged_note_is_named_and_a_wrong_file_is_refused_as_a_whole(
 
 
 def test_the_least_certain_texts_are_filled_in_and_learned(
-    tiny_base: Path, home: Path, tmp_path: Path, labels: tuple[str, ...]
+    tiny_base: Path, tmp_path: Path, labels: tuple[str, ...]
 ) -> None:
     first, second, *_ = labels
     frozen = next(read_rows(Path(CLINIC["test_data"]))).values["note"]
@@ -206,8 +189,8 @@ def test_the_least_certain_texts_are_filled_in_and_learned(
     *_, told = log_answers(dict.fromkeys(texts, first), clinic(labels), sureness=sureness)
     say({"id": told, "is_right": False})
     file = tmp_path / "new" / "to-label.csv"
-    sample = ("feedback", "sample", "clinic", "--number", "4", "--out", str(file))
-    done = deal(home, *sample)
+    sample = ("feedback", "sample", "clinic", "--number", "4", "--out", str(file), "--lineage", "l")
+    done = deal_json(*sample)
     assert (done["num_rows"], done["num_random"], done["num_inputs"], done["num_known"]) == (4, 1, 14, 2), done
     rows = [row.values for row in read_rows(file)]
     assert [*rows[0]] == ["id", "note", "finding", "champion_answer", "confidence", "is_random"]
@@ -215,20 +198,18 @@ def test_the_least_certain_texts_are_filled_in_and_learned(
     least = [text for text in reversed(new) if text not in drawn][:3]
     assert {row["note"] for row in rows} == {*drawn, *least} and len(drawn) == 1
     assert {(row["finding"], row["champion_answer"]) for row in rows} == {("", first)}
-    with put_back():
-        again = CliRunner().invoke(app, [*sample, "--lineage", "l", "--home", str(home)])
-    assert again.exit_code == 2 and "exists already" in again.output and next(read_rows(file)).values == rows[0]
+    assert "exists already" in deal(*sample, code=2) and next(read_rows(file)).values == rows[0]
 
     filled = [{**row, "finding": second if row["note"] in (*drawn, least[0]) else ""} for row in rows]
     with file.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, [*rows[0]])
         writer.writeheader()
         writer.writerows([*filled, {"id": "f" * 32, "finding": second, "is_random": "false"}])
-    taken = deal(home, "feedback", "add", str(file))
+    taken = deal_json("feedback", "add", str(file), "--lineage", "l")
     assert (taken["num_taken"], taken["num_blank"], taken["num_unknown"]) == (3, 2, 1)
     stored = read_feedback(open_store(), "l")
     assert stored[stored["label"] == second]["is_random"].tolist().count(True) == 1
-    harvested = deal(home, "feedback", "export", "clinic")
+    harvested = deal_json("feedback", "export", "clinic", "--lineage", "l")
     rows = landed(harvested["key"])
     assert {(row["note"], row["finding"]) for row in rows} == {(text, second) for text in (*drawn, least[0])}
     assert {(row["reviewed_by"], row["answered_by"]) for row in rows} == {("command", "l@1")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from infra.versions import UNREGISTERED, Versions
 from tasks.lineage.history import find_version
 from tests.adapting import BANK, CLINIC, evaluation_of, run
 from tests.real_engine import needs_engine
+from tests.waiting import wait_for
 
 WAIT_SECONDS = 600.0
 TOKEN = "a-token"
@@ -70,13 +71,6 @@ def home(serving_home: Path, base: Path, engine: RealEngine) -> Path:
     assert run(base, BANK, train=TRAIN).version == "1"
     assert run(base, {**STORY, "data": str(rows)}, train={**TRAIN, **STORY_TRAIN}).version == "2"
     return serving_home
-
-
-def wait_for(check: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not check():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def state(url: str) -> dict[str, Any]:

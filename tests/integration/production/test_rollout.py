@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from infra.store.opening import open_store
 from infra.versions import Versions
 from tasks.monitoring.rollout import RolloutLook, look_at_rollout
 from tests.adapting import BANK, CLINIC, PASS, run
+from tests.waiting import wait_for
 
 WAIT_SECONDS = 300.0
 NUM_ROWS = 12
@@ -51,13 +51,6 @@ def learn(base: Path, task: dict[str, Any], kind: str, **train: Any) -> tuple[st
 
 def moves() -> list[tuple[str, str, str | None, str]]:
     return [(move.action, move.version, move.champion, move.who) for move in PromotionLog(open_store()).moves("l")]
-
-
-def wait_for(check: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not check():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def tried(url: str) -> str | None:

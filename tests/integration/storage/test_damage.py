@@ -26,23 +26,11 @@ from tasks.lineage.record import read_record
 from tasks.predict import predict
 from tasks.serving.export import export_version
 from tests.adapting import BANK, CLINIC, run
-from tests.in_process import put_back
+from tests.in_process import deal, put_back
 from tests.stored_versions import put_version
 
 ENTRIES = (("versions", "00000002.json"), ("runs", "*.json"))
 BY = {"who": "tester", "why": "a test"}
-DAMAGES: dict[str, tuple[str, Callable[[bytes], bytes | None]]] = {
-    "weights cut in half": ("adapter_model.safetensors", lambda data: data[: len(data) // 2]),
-    "weights without content": ("adapter_model.safetensors", lambda data: b""),
-    "weights missing": ("adapter_model.safetensors", lambda data: None),
-    "configuration cut": ("adapter_config.json", lambda data: data[:-20]),
-    "record cut": ("record.json", lambda data: data[:-20]),
-    "record of nothing": ("record.json", lambda data: b'{"schema_version": 1}'),
-    "record with a wrong kind": ("record.json", lambda data: data.replace(b'"matrix": {', b'"matrix": [], "x": {', 1)),
-    "record that is no text": ("record.json", lambda data: b"\xff\xfe" + data),
-    "record missing": ("record.json", lambda data: None),
-}
-
 pytestmark = pytest.mark.usefixtures("prefect_api")
 
 
@@ -66,30 +54,17 @@ def exit_code_of_status() -> int:
 
 
 @pytest.mark.nightly
-def test_a_damaged_champion_is_named_and_the_lineage_can_go_back(
+def test_a_damaged_champion_answers_and_trains_nothing_until_the_lineage_goes_back(
     home: Path, adapters: dict[str, Path], tiny_base: Path
 ) -> None:
-    assert (look(home).damaged, exit_code_of_status()) == ((), 0)
-    for name, (file, damage) in DAMAGES.items():
-        path = adapters["3"] / file
-        whole = path.read_bytes()
-        damaged = damage(whole)
-        assert damaged != whole
-        path.unlink()
-        if damaged is not None:
-            path.write_bytes(damaged)
-        message = rf"{file}, a file of version 3, champion of 'l', is (damaged|missing)(.|\n)*deal version rollback N"
-        with pytest.raises(DealError, match=message):
-            ask()
-        assert ask("1") == "1", name
-        (problem,) = look(home).damaged
-        assert problem.startswith("Lineage l: ") and file in problem and "version 3" in problem.lower(), name
-        path.write_bytes(whole)
-    path = adapters["3"] / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
-    assert exit_code_of_status() == 1
-    with pytest.raises(DealError, match=r"adapter_model\.safetensors, a file of version 3.* is damaged"):
-        run(tiny_base, BANK, again=True)
+    """Every damage and every reader: tests/unit/tasks/lineage/test_version_files.py."""
+    weights = adapters["3"] / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    said = r"adapter_model\.safetensors, a file of version 3, champion of 'l', is damaged(.|\n)*deal version rollback N"
+    for use in (ask, partial(run, tiny_base, BANK, again=True)):
+        with pytest.raises(DealError, match=said):
+            use()
+    assert ask("1") == "1" and len(look(home).damaged) == 1 and exit_code_of_status() == 1
     assert roll_back(open_store(), "l", "1", **BY).champion == "1"
     assert ask() == "1" and look(home).damaged == ()
     assert run(tiny_base, BANK, again=True).version == "4"
@@ -191,9 +166,7 @@ def test_a_promotion_log_without_its_end_is_named_by_status_list_and_adapt(
     with pytest.raises(StoreError) as refused:
         run(tiny_base, BANK, again=True)
     assert refused.value.code == "moves-lost"
-    with put_back():
-        listed = CliRunner().invoke(app, ["version", "list", "--lineage", "l", "--json"])
-    assert json.loads(listed.stderr)["code"] == "moves-lost"
+    assert json.loads(deal("version", "list", "--lineage", "l", "--json", code=1))["code"] == "moves-lost"
     (problem,) = look(home).damaged
     assert "Restore the folder from a backup" in problem and exit_code_of_status() == 1
 
@@ -203,9 +176,8 @@ def test_altered_test_rows_are_not_scored_and_nothing_is_trained_before_that_is_
 ) -> None:
     swap_answers(datasets["bank"] / "test.parquet")
     said = r"test\.parquet, the test rows of task 'bank', is damaged .*altered.*Restore it from a backup of the store"
-    with put_back():
-        done = CliRunner().invoke(app, ["version", "evaluate", "--lineage", "l", "--json"])
-    assert done.exit_code == 1 and "Traceback" not in done.output and re.search(said, " ".join(done.output.split()))
+    done = deal("version", "evaluate", "--lineage", "l", "--json", code=1)
+    assert "Traceback" not in done and re.search(said, " ".join(done.split()))
     for task in (BANK, CLINIC):
         with pytest.raises(DealError, match=said):
             run(tiny_base, task, again=True)

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pytest
 from mlflow import MlflowClient
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
-from deal_pipeline.cli.app import app
 from deal_pipeline.server.status import read_status
 from flows.forget import forget
 from flows.mlflow import sync_mlflow
@@ -29,8 +23,8 @@ from infra.tracking.tracker import TrackedRun, Tracker
 from infra.versions import Versions
 from tasks.lineage.promotion import roll_back
 from tasks.mlflow_mirror import WITH_ROWS, Synced, sync_lineage
-from tests.adapting import BANK, run
-from tests.in_process import KilledError, put_back
+from tests.adapting import BANK, next_parent, run
+from tests.in_process import KilledError, deal, deal_json
 from tests.receiver import Receiver
 from tests.registering import in_mlflow, mlflow_run, register
 
@@ -98,23 +92,6 @@ def test_mlflow_gets_runs_models_versions_and_aliases(copied_home: Path) -> None
         assert {"report.html", "report.json", "evaluation.json"} <= {
             entry.path for entry in client().list_artifacts(of_run.info.run_id)
         }
-
-
-def test_the_champion_loads_by_its_alias_and_by_peft_alone(copied_home: Path, tiny_base: Path, tmp_path: Path) -> None:
-    mlflow.set_tracking_uri(TrackingSettings().tracking_uri)
-    try:
-        model = mlflow.pyfunc.load_model("models:/l@champion")
-        folder = Path(mlflow.artifacts.download_artifacts("models:/l@champion", dst_path=str(tmp_path)))
-    finally:
-        mlflow.set_tracking_uri(None)
-    (answer,) = model.predict([{"input": "I lost my card", "task": "bank"}]).to_dict("records")
-    assert (answer["task"], answer["lineage"]) == ("bank", "l") and answer["output"]
-    base = AutoModelForCausalLM.from_pretrained(tiny_base)
-    assert PeftModel.from_pretrained(base, folder).peft_config["default"].r == 16
-    head = (folder / "README.md").read_text().splitlines()[:25]
-    assert any("models:/l@champion" in line for line in head) and any(
-        "PeftModel.from_pretrained" in line for line in head
-    )
 
 
 def test_a_version_is_learned_and_promoted_while_mlflow_is_away_and_written_afterwards(
@@ -193,15 +170,8 @@ def test_an_error_that_nobody_expected_is_returned_and_the_next_call_writes_ever
 
 def test_the_command_says_what_it_wrote(copied_home: Path) -> None:
     register("fourth")
-
-    def deal(*words: str) -> str:
-        with put_back():
-            done = CliRunner().invoke(app, ["server", "sync", *words, "--home", str(copied_home)])
-        assert done.exit_code == 0, done.output
-        return done.stdout
-
-    assert json.loads(deal("l", "--json"))[0]["written"] == ["version 4", "report 4", "move 2"]
-    assert deal() == "l: MLflow lacked nothing.\n"
+    assert deal_json("server", "sync", "l")[0]["written"] == ["version 4", "report 4", "move 2"]
+    assert deal("server", "sync") == "l: MLflow lacked nothing.\n"
 
 
 class TestMovesByHand:
@@ -287,12 +257,11 @@ class TestMovesByHand:
         assert PromotionLog(open_store()).moves("l")[-1].action == "rolled back" and len(calls) == 1
         assert receiver.told() == []  # no notice says that a person moved the alias
 
-    def test_the_next_run_continues_the_version_that_was_promoted_by_hand(
-        self, copied_home: Path, tiny_base: Path
-    ) -> None:
+    def test_the_next_run_continues_the_version_that_was_promoted_by_hand(self, copied_home: Path) -> None:
         move_alias("1")
-        assert run(tiny_base, {**BANK, "name": "again"}).parent_version == "1"
-        assert [move.action for move in PromotionLog(open_store()).moves("l")][-2:] == ["rolled back", "promoted"]
+        parent = next_parent()
+        assert parent is not None and parent.version == "1" == champion()
+        assert PromotionLog(open_store()).moves("l")[-1].action == "rolled back"
 
 
 def test_rows_that_are_forgotten_while_mlflow_is_away_are_gone_from_it_after_the_next_sync(

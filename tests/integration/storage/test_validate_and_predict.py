@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from typer.testing import CliRunner
 
 from deal_core.errors import ConfigError
-from deal_pipeline.cli.app import app
 from flows.adapt_result import AdaptResult
 from infra.store.opening import open_store
 from tasks.predict import FileAnswers, predict, predict_file
 from tasks.validate import spec_to_check, validate
 from tests.adapting import BANK
+from tests.in_process import deal, deal_json
 from tests.integration.storage.conftest import SECRET, holding
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
@@ -125,29 +123,24 @@ def test_answers_do_not_land_in_the_inbox(home: Path, tmp_path: Path, questions:
 def test_the_commands_do_what_their_functions_do(
     first: AdaptResult, home: Path, questions: Path, tmp_path: Path
 ) -> None:
-    def deal(*words: str, expect: int = 0) -> Any:
-        found = CliRunner().invoke(app, [*words, "--home", str(home), "--json"])
-        assert found.exit_code == expect, found.output
-        return json.loads(found.stdout) if expect == 0 else found.output
-
     out = tmp_path / "answers.jsonl"
     deal("predict", "--data", str(questions), "--lineage", "l", "--out", str(out))
     assert all(json.loads(line)["version"] == "1" for line in out.read_text().splitlines())
-    assert deal("data", "gc", "--dry-run", "--older-than", "1h")["dry_run"] is True
+    assert deal_json("data", "gc", "--dry-run", "--older-than", "1h")["dry_run"] is True
     digest = first.dataset.sha256[:8]
-    (arrival,) = deal("data", "list")
+    (arrival,) = deal_json("data", "list")
     assert arrival["name"] == first.dataset.sha256[:12] and arrival["state"] == "learned"
     assert (arrival["task"], arrival["learned_by"]) == ("bank", ["l/1"])
-    version = deal("version", "show", "1")["version"]
+    version = deal_json("version", "show", "1")["version"]
     assert arrival["file"] == "may.jsonl" and arrival["landed"] < version["created"]
-    assert deal("data", "delete", arrival["file"], "--dry-run")["sha256"] == first.dataset.sha256
+    assert deal_json("data", "delete", arrival["file"], "--dry-run")["sha256"] == first.dataset.sha256
     assert (arrival["num_train"], arrival["num_test"]) == (first.dataset.num_train, first.dataset.num_test)
-    shown = deal("version", "show", "1")
+    shown = deal_json("version", "show", "1")
     assert (shown["version"]["version"], shown["version"]["task"], shown["page"]) == ("1", "bank", None)
-    assert "has no version 9" in deal("version", "show", "9", expect=1)
-    assert deal("data", "delete", digest, "--dry-run")["learned"][0]["version"] == "1"
-    assert "give --yes" in deal("data", "delete", digest, expect=2) and holding(home, SECRET)
-    assert deal("data", "delete", digest, "--yes", "--reason", "asked")["tombstone"]["versions"] == ["l/1"]
+    assert "has no version 9" in deal("version", "show", "9", code=1)
+    assert deal_json("data", "delete", digest, "--dry-run")["learned"][0]["version"] == "1"
+    assert "give --yes" in deal("data", "delete", digest, code=2) and holding(home, SECRET)
+    assert deal_json("data", "delete", digest, "--yes", "--reason", "asked")["tombstone"]["versions"] == ["l/1"]
     assert not holding(home, SECRET)
-    (arrival,) = deal("data", "list")
+    (arrival,) = deal_json("data", "list")
     assert arrival["state"].startswith("forgotten on ") and "(asked)" in arrival["state"]

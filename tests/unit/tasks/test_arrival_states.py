@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from infra.lineage_state import Batch, EndedArrival, LineageState
-from tasks import arrival_states
+from infra.lineage_state import EndedArrival, LineageState
 from tasks.arrival_states import (
     NUM_AT_ONCE,
     PAUSE,
@@ -33,7 +32,7 @@ from tasks.arrival_states import (
 )
 from tasks.inbox import Arrival, InboxLook
 from tasks.lineage.retrain import RetrainPolicy
-from tests.arriving import NOW, arrival, state_with
+from tests.arriving import NOW, arrival
 
 A, B, C = "inbox/bank/a.csv", "inbox/bank/b.csv", "inbox/clinic/c.csv"
 LATER = NOW + timedelta(seconds=10)
@@ -320,6 +319,8 @@ def test_rows_are_waited_for_and_files_of_a_task_are_one_batch() -> None:
     assert due(decided(state, min_rows=4)) == [], "nothing is counted yet"
     found = decided(counted(state, a=2, b=2, c=3), min_rows=4)
     assert due(found) == [[B, A]] and found.due[0].is_fixed
+    both = decided(counted(state, a=2, b=2, c=4), min_rows=4)
+    assert due(both) == [[C], [B, A]], "tasks in the order of their oldest file"
     assert {each.task: (each.is_due, each.num_rows) for each in found.waiting} == {
         "bank": (True, 4),
         "clinic": (False, 3),
@@ -388,12 +389,3 @@ def test_what_is_refused_together_is_learned_one_after_another() -> None:
 def test_a_file_that_changed_since_it_was_claimed_is_left_to_the_next_look() -> None:
     state = dissolve(claimed(looked(LineageState(), arrival(A), arrival(B))), "one")
     assert states(looked(state, arrival(A, etag="2", age=0), arrival(B))) == {A: "landed", B: "waiting"}
-
-
-def test_pauses_grow_to_an_hour() -> None:
-    assert arrival_states.growing_pause(99) == 64 * PAUSE
-
-
-def test_a_batch_of_a_state_is_found_by_its_id() -> None:
-    state = state_with(A).model_copy(update={"batches": (Batch(id="one", made=NOW),)})
-    assert state.batch("one") is not None and state.batch("two") is None and state.batch(None) is None

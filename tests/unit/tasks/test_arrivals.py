@@ -12,13 +12,13 @@ import pytest
 
 import tasks.arrivals
 from deal_core.errors import StoreError
-from infra.lineage_state import LineageState, lineages_with_state, note_ended, read_ended, read_state, update
+from infra.lineage_state import LineageState, note_ended, read_ended, read_state, update
 from infra.store.base import ObjectStore
 from infra.store.local import FileStore
 from infra.store.opening import store_at
 from tasks.arrival_states import Result, claim
 from tasks.arrivals import end_try, sense_inbox
-from tasks.inbox import InboxLook, look
+from tasks.inbox import look
 from tasks.lineage.settings import WatchedLineage
 from tasks.spec import parse
 from tests.arriving import NOW
@@ -72,6 +72,7 @@ def test_rows_are_counted_in_groups_and_once_until_a_file_changes(
         found = rows(sensed(store, is_reader=is_reader, min_rows=9))
         assert found == {"b/0.jsonl": 1, "b/1.jsonl": 2, "b/2.jsonl": 3}
     assert counted == [2, 1]
+    assert {note.landed.year for note in read_state(store, "l").arrivals.values()} != {2023}, "not the file's own time"
     land(store, "b/1.jsonl", 4)
     assert rows(sensed(store, is_reader=is_reader, min_rows=9))["b/1.jsonl"] == 4 and counted == [2, 1, 1]
 
@@ -206,18 +207,3 @@ def test_a_copied_home_knows_what_has_ended_and_reads_no_copy_twice(
     assert sensed(copy) == LineageState()
     monkeypatch.setattr(FileStore, "_sha256_of", lambda *_: pytest.fail("it was read again"))
     assert sensed(copy) == LineageState()
-
-
-def test_a_damaged_state_says_what_to_do_and_names_its_lineage(store: FileStore) -> None:
-    update(store, "whole", lambda state: state.model_copy(update={"paused": "x"}))
-    store.put_bytes("lineages/l.state.json", b"{nonsense")
-    store.put_bytes("lineages/l.yaml", b"{}")
-    with pytest.raises(StoreError, match=r"the state of lineage 'l', is damaged .* Restore it"):
-        sensed(store)
-    assert lineages_with_state(store) == ["l", "whole"]
-
-
-def test_a_look_finds_nothing_for_a_lineage_of_other_tasks(store: FileStore) -> None:
-    land(store, "b/1.jsonl", 1)
-    lineage = parse(WatchedLineage, {"lineage": "l", "tasks": ["c"]}, "test")
-    assert sense_inbox(store, lineage, InboxLook(look(store).arrivals, {}), 0) == LineageState()

@@ -86,16 +86,6 @@ def test_test_rows_lie_in_the_folder_of_their_task(tmp_path: Path, name: str) ->
         task_spec(store, "inbox/bill/a.csv")
 
 
-def test_what_is_no_regular_file_is_no_arrival_and_holds_nothing_up(tmp_path: Path) -> None:
-    store = store_at(str(tmp_path))
-    store.put_bytes("inbox/bill/a.csv", b"x")
-    os.mkfifo(tmp_path / "inbox" / "bill" / "fifo.csv")
-    os.mkfifo(tmp_path / "inbox" / "bill" / "task.yaml")
-    assert [arrival.key for arrival in look(store).arrivals] == ["inbox/bill/a.csv"]
-    with pytest.raises(TaskFieldsError, match=r"task\.yaml' in .*: it is a FIFO, and only regular files are read"):
-        task_spec(store, "inbox/bill/a.csv")
-
-
 def test_while_a_task_file_cannot_be_read_its_task_learns_nothing_and_others_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -116,23 +106,6 @@ def test_while_a_task_file_cannot_be_read_its_task_learns_nothing_and_others_do(
 
 def unreadable(*_: object, **__: object) -> bytes:
     raise StoreError("permission denied")
-
-
-def test_a_task_file_has_a_bound(tmp_path: Path) -> None:
-    store = store_at(str(tmp_path))
-    store.put_bytes("inbox/bill/a.csv", b"x")
-    with (tmp_path / "inbox" / "bill" / "task.yaml").open("wb") as file:
-        file.truncate(2**40)
-    assert [arrival.key for arrival in look(store).arrivals] == ["inbox/bill/a.csv"]
-    with pytest.raises(TaskFieldsError, match=r"task\.yaml is larger than 256 KiB"):
-        task_spec(store, "inbox/bill/a.csv")
-
-
-def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
-    store = store_at(str(tmp_path))
-    store.put_bytes("inbox/bill/task.yaml", b"format: labelled\nformat: chat\n")
-    with pytest.raises(TaskFieldsError, match=r"task\.yaml has the key 'format' twice"):
-        task_spec(store, "inbox/bill/a.csv")
 
 
 def folder_in(tmp_path: Path, *names: str) -> FileStore:

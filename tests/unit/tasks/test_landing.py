@@ -17,9 +17,9 @@ from deal_core.errors import ConfigError
 from infra.store.local import FileStore
 from infra.store.opening import open_store
 from tasks.landing import choose_schema, landing_of
-from tasks.lineage.record import FrozenRows, KnownSlice, KnownTask
+from tasks.lineage.record import KnownSlice
 from tasks.spec import TaskSpec
-from tests.stored_versions import put_version, version
+from tests.stored_versions import known_task, put_version, version
 from tests.unit.test_stored_json import RECORD, TASKS
 
 
@@ -59,12 +59,7 @@ def test_test_rows_grow_to_the_aim_unless_the_user_chose_them(
     assert manifest.num_test == 30
     uri = f"datasets/bank/{manifest.sha256}/l/s"
     store.upload_folder(tmp_path / "dataset", uri)
-    known = KnownTask(
-        schema=manifest.task,
-        tests=(FrozenRows(dataset_uri=uri, num_rows=manifest.num_test),),
-        max_prompt_tokens=9,
-        max_new_tokens=9,
-    )
+    known = known_task(manifest.task, uri, manifest.num_test)
     parent = version(1, dataset_sha256=manifest.sha256)
     put_version(store, parent)
     record, spec = replace(RECORD, lineage="l", tasks=(known,)), TaskSpec(name="bank", data=str(files[0]))

@@ -202,15 +202,6 @@ def test_a_lineage_is_free_again_after_a_failure() -> None:
     asyncio.run(asyncio.wait_for(hold(), timeout=30))
 
 
-@pytest.mark.usefixtures("no_server")
-def test_the_lock_lies_in_the_home(home: Path) -> None:
-    async def hold() -> None:
-        async with lock_lineage("l"):
-            assert (home / "locks" / "l.lock").exists()
-
-    asyncio.run(hold())
-
-
 @pytest.mark.parametrize("error", [httpx.ConnectError("refused"), httpx.ReadTimeout("slow")])
 def test_a_server_that_comes_back_is_waited_for(error: Exception) -> None:
     answers = [error, error, None]

@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,10 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
-import tenacity
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
@@ -227,25 +224,26 @@ def test_ui_shows_no_password(deal: Deal, monkeypatch: pytest.MonkeyPatch) -> No
         assert "secret" not in " ".join(ui_address(5000).command), "every user of the machine can read arguments"
 
 
-def test_ui_that_is_told_to_end_leaves_no_server(home: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-c",
-        "from deal_pipeline.cli.app import main; main()",
-        "ui",
-        "--open",
-        "--port",
-        str(port),
-    ]
-    ui = psutil.Popen([*command, "--home", str(home)], env={**os.environ, "BROWSER": "true"}, stdout=subprocess.DEVNULL)
+SERVER = """
+import pathlib, subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+pathlib.Path("ready").touch()
+time.sleep(600)
+"""
+"""In MLflow's place: a server with a process of its own."""
+
+
+def test_ui_that_is_told_to_end_leaves_no_server(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "mlflow.py").write_text(SERVER)
+    command = [sys.executable, "-c", "from deal_pipeline.cli.app import main; main()", "ui", "--open"]
+    variables = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    ui = psutil.Popen([*command, "--home", str(home)], cwd=tmp_path, env=variables, stdout=subprocess.DEVNULL)
     try:
-        for attempt in tenacity.Retrying(wait=tenacity.wait_fixed(0.2), stop=tenacity.stop_after_delay(300)):
-            with attempt:
-                httpx.get(f"http://127.0.0.1:{port}/health").raise_for_status()
+        while not (tmp_path / "ready").exists():
+            assert ui.poll() is None
+            time.sleep(0.05)
         servers = ui.children(recursive=True)
-        assert servers
+        assert len(servers) == 2
         ui.send_signal(signal.SIGTERM)
         assert ui.wait(120) == 128 + signal.SIGTERM
         assert psutil.wait_procs(servers, timeout=120)[1] == []

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated
 
-import pytest
 from pydantic import BaseModel
 from rich.console import Console, RenderableType
 
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from deal_core.evaluation.interval import CellScore
 from deal_core.shown import ACCEPTED, Shown
-from deal_pipeline.cli.render import render, render_facts, render_matrix, size_text
+from deal_pipeline.cli.render import render, render_facts, render_matrix
 from tests.stored_versions import version
 
 
@@ -120,11 +119,6 @@ def test_the_longest_texts_are_broken_into_lines_and_short_ones_stay_whole() -> 
     long = "a sentence of many words that has no room on this screen and goes on and on"
     text = drawn(render([{"why": long, "label": "suspected fraud", "answer": "loan question"}]), 60)
     assert "suspected fraud" in text and "loan question" in text and long not in text
-
-
-@pytest.mark.parametrize(("size", "text"), [(0, "0 B"), (1023, "1023 B"), (2048, "2.0 KiB"), (3 * 2**30, "3.00 GiB")])
-def test_a_size_has_its_unit(size: int, text: str) -> None:
-    assert size_text(size) == text
 
 
 def matrix() -> AccuracyMatrix:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -13,24 +13,15 @@ from typer.testing import CliRunner
 
 import deal_pipeline.server.status
 from deal_pipeline.cli.app import app
-from deal_pipeline.server.status import _reason, _unusable_files, may_name_a_server, read_status
-from infra.lineage_state import Batch, LineageState
+from deal_pipeline.server.status import _unusable_files, may_name_a_server, read_status
+from infra.lineage_state import LineageState
 from infra.run_journal import Run, RunJournal
 from infra.store.base import ObjectStore
 from infra.store.opening import open_store, store_at
 from tasks.context import lineage_lock
 from tasks.inbox import look
-from tests.arriving import NOW
 from tests.in_process import put_back
 from tests.stored_versions import move, store_version
-
-
-def test_a_failed_arrival_is_told_of_with_what_opens_it_again() -> None:
-    away = Batch(id="one", made=NOW, due=NOW + timedelta(minutes=1), num_failed=1)
-    told = _reason("The Hub is away.", away)
-    assert told == "The Hub is away. (Failed 1 times; it is tried again from 2030-01-01 00:01 UTC on.)"
-    final = away.model_copy(update={"due": None})
-    assert _reason("It diverged; change the settings.", final) == "It diverged; change the settings."
 
 
 def test_files_that_lie_where_no_watch_looks_are_told_of(tmp_path: Path) -> None:

@@ -23,10 +23,7 @@ from infra.report.charts import MAX_CHARS, MAX_LABELS, shown_labels
 from infra.report.figures import accuracy_over_versions, loss_curve
 from infra.report.page import (
     NUM_SHADES,
-    count,
-    duration,
     matrix_rows,
-    points,
     render_page,
     row_names_of,
     verdict_of,
@@ -254,12 +251,6 @@ def test_the_charts_name_versions_as_the_registry_does_and_keep_their_text() -> 
     words = chart.text.split()
     assert [word for word in words if word in "1234"] == ["1", "2", "4"], "3 was rejected"
     assert {"bank", "clinic", TASKS[2]} <= set(words)
-
-
-def test_differences_have_their_sign_and_times_their_unit() -> None:
-    assert [points(share, sign=True) for share in (0.1, -0.1, 0.0, -0.0001)] == ["+10.0", "−10.0", "0.0", "0.0"]
-    assert [duration(seconds) for seconds in (0.04, 119.0, 150.0, 9000.0)] == ["0.0 s", "119.0 s", "2 min", "2.5 h"]
-    assert (count(1, "row"), count(0, "row")) == ("1 row", "0 rows")
 
 
 def figures() -> dict[str, Figure]:

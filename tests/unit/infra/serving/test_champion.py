@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from mlflow.models import Model
 
 from deal_core.config import Quantize
 from deal_core.errors import ConfigError, StoreError
 from deal_core.evaluation.answerer import GivenUpError
 from deal_core.evaluation.answering import SERVED_FILE, InputRow, ServedVersion
 from deal_core.judging_config import RolloutTerms
-from infra.served_model import LOADER, PEFT_FILES, write_served_folder
 from infra.serving import champion as serving
 from infra.serving.champion import Champion, NoChampionError, ServingError
 from infra.serving.prediction_log import PredictionLog
@@ -403,30 +401,6 @@ def test_what_the_log_says_is_in_rollout_is_tried_next_to_the_champion(store: St
     assert look() == (tried.version, tried.version)
     move(store, tried.version, "rejected")
     assert look() == (None, None)
-
-
-def test_a_folder_as_this_project_writes_it_names_its_loader_and_its_columns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DEAL_HOME", str(tmp_path / "home"))
-    adapter, folder = tmp_path / "adapter", tmp_path / "registered"
-    adapter.mkdir()
-    for name in PEFT_FILES:
-        (adapter / name).write_text("{}")
-    write_served_folder(
-        adapter,
-        folder,
-        card="",
-        served={"base_name": "b", "base_sha256": "0"},
-        served_file="deal.json",
-        example=[{"input": "x", "task": "bank"}],
-        run_id="r",
-        version="7",
-    )
-    meta = Model.load(str(folder))
-    flavor = meta.flavors["python_function"]
-    assert (flavor["loader_module"], flavor["code"]) == (LOADER, None), "the folder contains no code"
-    assert meta.signature is not None and meta.signature.inputs.input_names() == ["input", "task"]
 
 
 def test_nothing_answers_while_no_version_is_champion(store: Store, following: Following) -> None:

@@ -17,14 +17,19 @@ from tests.served import Champion, running
 KEY = "a-token"
 
 
-@pytest.fixture
-def port(tmp_path: Path) -> Iterator[int]:
-    with running(Champion(), tmp_path / "log", api_key=KEY) as port:
+@pytest.fixture(scope="module")
+def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """One server for all tests: none of them changes it."""
+    with running(Champion(), tmp_path_factory.mktemp("log") / "log", api_key=KEY) as port:
         yield port
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(port: int) -> openai.OpenAI:
+    return client_of(port)
+
+
+def client_of(port: int) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0)
 
 
@@ -188,11 +193,13 @@ def test_without_the_token_nothing_is_answered(port: int, path: str, headers: di
     assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
 
 
-def test_prometheus_counts_requests_by_status_and_version(port: int, client: openai.OpenAI) -> None:
-    client.completions.create(model="l", prompt="x")
-    with pytest.raises(openai.NotFoundError):
-        client.completions.create(model="other", prompt="x")
-    page = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+def test_prometheus_counts_requests_by_status_and_version(tmp_path: Path) -> None:
+    with running(Champion(), tmp_path / "log", api_key=KEY) as port:
+        client = client_of(port)
+        client.completions.create(model="l", prompt="x")
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(model="other", prompt="x")
+        page = httpx.get(f"http://127.0.0.1:{port}/metrics").text
     assert 'deal_requests_total{path="/v1/completions",status="200",version="3"} 1.0' in page
     assert 'deal_requests_total{path="/v1/completions",status="404",version=""} 1.0' in page
     assert 'deal_request_seconds_count{path="/v1/completions"} 2.0' in page and "deal_requests_in_flight 0.0" in page

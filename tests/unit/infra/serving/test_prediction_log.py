@@ -9,8 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields
@@ -39,11 +38,13 @@ from infra.predictions import (
 )
 from infra.serving import prediction_log as logging_module
 from infra.serving.prediction_log import PredictionLog, open_prediction_log
-from infra.store.keys import batch_day, log_key
+from infra.store.keys import log_key
 from infra.store.local import FileStore
 from tests.served import WAIT_SECONDS, Champion, running
+from tests.waiting import wait_for
 
 SECRET = "Zanzibar"
+LOGS = ("predictions", "feedback")
 ROWS = {"dataframe_records": [{"input": f"the {SECRET} text", "task": "bank"}, {"input": " A ", "task": None}]}
 
 
@@ -68,13 +69,6 @@ def ask(log: PredictionLog, *texts: str) -> list[str]:
 
 def say(log: PredictionLog, now: float, **values: Any) -> None:
     assert log.take_feedback([read_entry(values, "", source="api", now=now).feedback])
-
-
-def wait_until(check: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not check():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def all_bytes(folder: Path) -> bytes:
@@ -124,7 +118,7 @@ def test_a_deleted_input_is_never_stored_as_a_text_again(tmp_path: Path, store: 
     digest = stored_input_digest("labelled", deleted).hex()
     with logging_to(store, keeps_texts=True) as log:
         ask(log, "before")
-        wait_until(lambda: len(read_predictions(store, "l")) == 1)
+        wait_for(lambda: len(read_predictions(store, "l")) == 1)
         keep_deleted(store, "bank", "0" * 64, [digest])
         ask(log, deleted, f" the  {SECRET} text", f"{SECRET} of nobody")
     found = read_predictions(store, "l")
@@ -158,17 +152,19 @@ def test_off_writes_nothing_and_answers_are_the_same(
         assert opened is not None and opened.keeps_texts == keeps_texts
 
 
-def test_a_server_keeps_its_log_as_long_as_the_settings_say(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_keeps_its_logs_as_long_as_the_settings_say(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEAL_LOG_PREDICTIONS", "numbers")
     monkeypatch.setenv("DEAL_LOG_RETENTION_DAYS", "7")
-    batches = {days: log_key("predictions", "l", datetime.now(UTC) - timedelta(days=days)) for days in (6, 20)}
+    now = datetime.now(UTC)
+    batches = {(log, days): log_key(log, "l", now - timedelta(days)) for log in LOGS for days in (6, 20)}
     for key in batches.values():
         store.put_bytes(key, b"")
     log = open_prediction_log(store, "l")
     assert log is not None
     log.start()
     try:
-        wait_until(lambda: {info.key for info in store.list("predictions/l")} == {batches[6]})
+        kept = {batches[log, 6] for log in LOGS}
+        wait_for(lambda: {info.key for log in LOGS for info in store.list(f"{log}/l")} == kept)
     finally:
         log.close()
 
@@ -203,7 +199,7 @@ def test_a_killed_server_loses_only_the_rows_that_waited(tmp_path: Path, store: 
     )
     reading.start()
     try:
-        wait_until(lambda: len([*store.list("predictions")]) >= 3)
+        wait_for(lambda: len([*store.list("predictions")]) >= 3)
     finally:
         process.send_signal(signal.SIGKILL)
         reading.join(WAIT_SECONDS)
@@ -230,7 +226,7 @@ def test_while_the_disk_is_full_every_request_is_answered_and_rows_wait(
         try:
             for _ in range(8):
                 invoke()
-            wait_until(lambda: log._is_failing)
+            wait_for(lambda: log._is_failing)
             entry = [{"id": ids[0], "label": "a"}]
             refused = httpx.post(f"{url}/feedback", json=entry)
             assert refused.status_code == 503 and refused.headers["Retry-After"] == "2"
@@ -239,7 +235,7 @@ def test_while_the_disk_is_full_every_request_is_answered_and_rows_wait(
         assert httpx.post(f"{url}/feedback", json=entry).status_code == 202
         assert len(read_feedback(store, "l")) == 1, "it is stored when the client has its answer"
         assert "deal_predictions_dropped_total 4.0" in httpx.get(f"{url}/metrics").text
-        wait_until(lambda: not log._waiting)
+        wait_for(lambda: not log._waiting)
         invoke()
     found = [*read_predictions(store, "l")["id"]]
     assert found == [*ids[:12], *ids[16:]], "what had room was waiting, and the log goes on"
@@ -277,7 +273,7 @@ def test_feedback_that_hangs_in_the_store_takes_no_place_of_an_answer(
         url, entry = f"http://127.0.0.1:{port}", [{"id": answer, "is_right": True}]
         monkeypatch.setattr(logging_module, "put_rows", hang)
         hanging = [clients.submit(httpx.post, f"{url}/feedback", json=entry, timeout=WAIT_SECONDS) for _ in range(2)]
-        wait_until(lambda: len(num_hanging) >= 2)
+        wait_for(lambda: len(num_hanging) >= 2)
         assert httpx.post(f"{url}/feedback", json=entry).status_code == 503
         assert httpx.post(f"{url}/invocations", json=ROWS).is_success
         is_back.set()
@@ -291,7 +287,7 @@ def test_many_rows_do_not_wait_for_the_clock(store: FileStore, monkeypatch: pyte
     with logging_to(store) as log:
         for _ in range(3):
             ask(log, *"abcdefg")
-            wait_until(lambda: not log._waiting)
+            wait_for(lambda: not log._waiting)
     assert log.num_dropped == 0 and len(read_predictions(store, "l")) == 21
 
 
@@ -303,29 +299,12 @@ def test_an_error_in_the_log_fails_no_request(store: FileStore, monkeypatch: pyt
     with logging_to(store) as log:
         monkeypatch.setattr(logging_module, "put_rows", fail)
         ask(log, "one")
-        wait_until(lambda: log.num_dropped == 1 and not log._waiting)
+        wait_for(lambda: log.num_dropped == 1 and not log._waiting)
         monkeypatch.setattr(logging_module, "put_rows", put_rows)
         (second,) = ask(log, "two")
         monkeypatch.setattr(logging_module, "predictions_of", fail)
         assert ask(log, "three") == [] and log.num_dropped == 2
     assert [*read_predictions(store, "l")["id"]] == [second]
-
-
-def test_a_server_removes_batches_beyond_the_retention_and_no_younger_ones(
-    store: FileStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging_module, "BATCH_SECONDS", 0.05)
-    with logging_to(store) as log:
-        ask(log, "a")
-    (young,) = (info.key for info in store.list("predictions"))
-    now = datetime.now(UTC)
-    for log_name in ("predictions", "feedback"):
-        for days in (29, 40):
-            store.put_bytes(log_key(log_name, "l", now - timedelta(days=days)), store.get_bytes(young))
-    with logging_to(store):
-        wait_until(lambda: len([*store.list("predictions")]) == 2 and len([*store.list("feedback")]) == 1)
-    days_left = {batch_day(info.key) for log_name in ("predictions", "feedback") for info in store.list(log_name)}
-    assert days_left == {now.date(), now.date() - timedelta(days=29)} and store.exists(young)
 
 
 @pytest.mark.parametrize("lineage", ["../../data", "..", "", "a/b", ".hidden"])
@@ -431,7 +410,7 @@ def test_a_server_that_starts_without_the_store_says_so_once_and_stores_later(
     monkeypatch.setattr(store, "put_bytes", fail)
     with logging_to(store) as log:
         ids = ask(log, "a text")
-        wait_until(lambda: len(num_tries) > 2)
+        wait_for(lambda: len(num_tries) > 2)
         assert caplog.messages == ["The prediction log: the store is away"]
         monkeypatch.delattr(store, "put_bytes")
     assert [*read_predictions(store, "l")["id"]] == ids

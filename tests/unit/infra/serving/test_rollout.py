@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +31,7 @@ from infra.versions import Version
 from tests.served import TASKS, WAIT_SECONDS
 from tests.served import Champion as Served
 from tests.stored_versions import store_version
+from tests.waiting import wait_for
 
 ROWS = [InputRow("a", "bank")]
 _Result = TypeVar("_Result")
@@ -227,10 +227,8 @@ def test_a_shadow_that_refuses_what_the_champion_has_answered_has_failed(store: 
         server.keep_up()
         server.answerer.answer = refusing
         (returned,) = server.ask().ids
-        deadline = time.monotonic() + WAIT_SECONDS
-        while not (failed := [row for row in rows_of(store) if row["is_failed"]]):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for(lambda: [row for row in rows_of(store) if row["is_failed"]])
+    failed = [row for row in rows_of(store) if row["is_failed"]]
     assert [(row["version"], row["shadow_of"]) for row in failed] == [("2", returned)]
 
 
@@ -285,10 +283,7 @@ def test_a_shadow_answers_copies_and_what_it_cannot_do_is_dropped(
         num_dropped = server.rollout.num_dropped
         assert 3 <= num_dropped <= 4, "one or none is with the shadow, two wait"
         server.answerer.may_answer.set()
-        deadline = time.monotonic() + WAIT_SECONDS
-        while len([row for row in rows_of(store) if row["shadow_of"]]) < 6 - num_dropped:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for(lambda: len([row for row in rows_of(store) if row["shadow_of"]]) >= 6 - num_dropped)
     rows = rows_of(store)
     copies = [row for row in rows if row["shadow_of"]]
     assert {row["version"] for row in copies} == {"2"} and {row["output"] for row in copies} == {"a"}

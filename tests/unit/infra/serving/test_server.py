@@ -7,7 +7,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from infra.serving import run, server
 from infra.serving.run import API_KEY, _api_key
 from infra.store.local import FileStore
 from tests.served import WAIT_SECONDS, Champion, running
+from tests.waiting import wait_for
 
 JSON = {"Content-Type": "application/json"}
 ROW = {"dataframe_records": [{"input": "a text", "task": "bank"}]}
@@ -55,22 +56,19 @@ def read_until_closed(connection: socket.socket) -> bytes:
     return found
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
+def test_rows_are_answered_in_each_of_mlflows_forms(port: int) -> None:
+    for body in (
         ROW,
         {"dataframe_split": {"columns": ["input", "task"], "data": [["a text", "bank"]]}},
         {"instances": [{"input": "a text", "task": "bank"}]},
         {"inputs": {"input": ["a text"], "task": ["bank"]}},
         {**ROW, "params": {}},
-    ],
-)
-def test_rows_are_answered_in_each_of_mlflows_forms(port: int, body: Any) -> None:
-    found = ask(port, body)
-    assert found.status_code == 200, found.text
-    row = {"output": "A TEXT", "task": "bank", "version": "3", "lineage": "l"}
-    assert found.json() == {"predictions": [{**row, "problem": "the answer is no label of bank"}]}
-    assert (found.headers["X-Deal-Version"], found.headers["X-Deal-Lineage"]) == ("3", "l")
+    ):
+        found = ask(port, body)
+        assert found.status_code == 200, found.text
+        row = {"output": "A TEXT", "task": "bank", "version": "3", "lineage": "l"}
+        assert found.json() == {"predictions": [{**row, "problem": "the answer is no label of bank"}]}
+        assert (found.headers["X-Deal-Version"], found.headers["X-Deal-Lineage"]) == ("3", "l")
 
 
 def test_health_and_version(port: int) -> None:
@@ -79,45 +77,45 @@ def test_health_and_version(port: int) -> None:
         assert httpx.get(f"http://127.0.0.1:{port}/{path}").json() == wanted
 
 
-@pytest.mark.parametrize(
-    ("body", "sentence"),
-    [
+NO_ROWS: list[tuple[bytes, str]] = [
+    *(
         (b'{"dataframe_records": ' + b"[" * depth + b"]" * depth + b"}", sentence)
         for depth, sentence in ((200, ""), (900, ""), (100_000, "nested too deeply"), (2_000_000, "nested too deeply"))
-    ]
-    + [
-        (b"", "no JSON"),
-        (b"{", "no JSON"),
-        (b"\xff\xfe\xfa", "no JSON"),
-        (b"[]", "no JSON object"),
-        (b"3", "no JSON object"),
-        (b"{}", "input fields"),
-        (b'{"dataframe_records": [' + b"9" * 5000 + b"]}", "no JSON"),
-        (b'{"dataframe_records": [{"input": "\\ud800"}]}', "surrogate"),
-        (b'{"dataframe_records": [{"input": null}]}', "Row 1 has no text as its input"),
-        (b'{"dataframe_records": [{"input": ["a secret"]}]}', ""),
-        (b'{"dataframe_records": [{"text": "a secret"}]}', "Model is missing inputs ['input']"),
-        (b'{"dataframe_records": [{"input": "a secret", "task": "nope"}]}', "Row 1 names the task 'nope'"),
-        (b'{"dataframe_records": [{"input": "a secret", "task": 5}]}', "Row 1 names the task 5, which is no text"),
-        (b'{"dataframe_records": [{"input": "a secret", "task": ["bank"]}]}', "Row 1 names the task ['bank'], which"),
-        (
-            b'{"dataframe_records": [{"input": "a", "task": "bank"}, {"input": "a secret", "task": true}]}',
-            "Row 2 names the task True, which is no text",
-        ),
-        (b'{"dataframe_records": [{"input": "a secret"}], "task": "talk"}', "task stands beside the rows"),
-        (b'{"dataframe_records": [1, "a secret"]}', ""),
-        (b'{"dataframe_records": {"a secret": 1}}', ""),
-        (b'{"dataframe_split": {"data": "a secret"}}', ""),
-        (b'{"inputs": "a secret"}', ""),
-        (b'{"instances": {"a secret": [[1], 2]}}', ""),
-        (b'{"messages": [{"role": "user", "content": "a secret"}]}', ""),
-    ],
-)
-def test_what_is_no_table_of_rows_costs_one_sentence(port: int, tmp_path: Path, body: bytes, sentence: str) -> None:
-    found = post(port, body)
-    assert found.status_code == 400, found.text
-    assert sentence in found.json()["error"] and "\n" not in found.json()["error"]
-    assert "a secret" not in found.text
+    ),
+    (b"", "no JSON"),
+    (b"{", "no JSON"),
+    (b"\xff\xfe\xfa", "no JSON"),
+    (b"[]", "no JSON object"),
+    (b"3", "no JSON object"),
+    (b"{}", "input fields"),
+    (b'{"dataframe_records": [' + b"9" * 5000 + b"]}", "no JSON"),
+    (b'{"dataframe_records": [{"input": "\\ud800"}]}', "surrogate"),
+    (b'{"dataframe_records": [{"input": null}]}', "Row 1 has no text as its input"),
+    (b'{"dataframe_records": [{"input": ["a secret"]}]}', ""),
+    (b'{"dataframe_records": [{"text": "a secret"}]}', "Model is missing inputs ['input']"),
+    (b'{"dataframe_records": [{"input": "a secret", "task": "nope"}]}', "Row 1 names the task 'nope'"),
+    (b'{"dataframe_records": [{"input": "a secret", "task": 5}]}', "Row 1 names the task 5, which is no text"),
+    (b'{"dataframe_records": [{"input": "a secret", "task": ["bank"]}]}', "Row 1 names the task ['bank'], which"),
+    (
+        b'{"dataframe_records": [{"input": "a", "task": "bank"}, {"input": "a secret", "task": true}]}',
+        "Row 2 names the task True, which is no text",
+    ),
+    (b'{"dataframe_records": [{"input": "a secret"}], "task": "talk"}', "task stands beside the rows"),
+    (b'{"dataframe_records": [1, "a secret"]}', ""),
+    (b'{"dataframe_records": {"a secret": 1}}', ""),
+    (b'{"dataframe_split": {"data": "a secret"}}', ""),
+    (b'{"inputs": "a secret"}', ""),
+    (b'{"instances": {"a secret": [[1], 2]}}', ""),
+    (b'{"messages": [{"role": "user", "content": "a secret"}]}', ""),
+]
+
+
+def test_what_is_no_table_of_rows_costs_one_sentence(port: int, tmp_path: Path) -> None:
+    for body, sentence in NO_ROWS:
+        found = post(port, body)
+        assert found.status_code == 400, (body[:100], found.text)
+        assert sentence in found.json()["error"] and "\n" not in found.json()["error"]
+        assert "a secret" not in found.text
     assert not (tmp_path / "log").exists()
 
 
@@ -128,19 +126,11 @@ def test_a_model_that_breaks_says_so_once_and_the_next_request_is_answered(port:
     assert ask(port, ROW).is_success
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {},
-        {"Content-Type": "text/plain"},
-        {"Content-Type": "application/x-www-form-urlencoded"},
-        {"Content-Type": "text/csv"},
-        {"Content-Type": "application/json; charset=latin-1"},
-    ],
-)
-def test_a_body_that_is_not_called_json_is_refused(port: int, headers: dict[str, str]) -> None:
-    found = post(port, json.dumps(ROW), headers)
-    assert found.status_code == 415 and "Content-Type: application/json" in found.json()["error"]
+def test_a_body_that_is_not_called_json_is_refused(port: int) -> None:
+    kinds = ("text/plain", "application/x-www-form-urlencoded", "text/csv", "application/json; charset=latin-1")
+    for headers in ({}, *({"Content-Type": kind} for kind in kinds)):
+        found = post(port, json.dumps(ROW), headers)
+        assert found.status_code == 415 and "Content-Type: application/json" in found.json()["error"], headers
     assert post(port, json.dumps(ROW), {"Content-Type": "application/json; charset=UTF-8"}).is_success
 
 
@@ -341,14 +331,14 @@ def test_too_many_connections_get_503_until_some_are_closed(
         assert ask(port, ROW).status_code == 503 and not healthy(port)
         for connection in opened:
             connection.close()
-        wait_until(lambda: healthy(port))
+        wait_for(lambda: healthy(port))
         assert ask(port, ROW).is_success
 
 
 def test_slow_bodies_take_no_place_from_others(port: int) -> None:
     """More of them than requests may be in flight, from the same address."""
     opened = [connect(port, sent=LARGE) for _ in range(server.MAX_IN_FLIGHT + 10)]
-    wait_until(lambda: f"deal_requests_in_flight {len(opened)}.0" in metrics(port))
+    wait_for(lambda: f"deal_requests_in_flight {len(opened)}.0" in metrics(port))
     assert healthy(port) and ask(port, ROW).is_success
     assert all(map(is_open, opened))
     for connection in opened:
@@ -357,13 +347,6 @@ def test_slow_bodies_take_no_place_from_others(port: int) -> None:
 
 def metrics(port: int) -> str:
     return httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=60).text
-
-
-def wait_until(check: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not check():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_the_end_waits_for_requests_in_flight(champion: Champion, tmp_path: Path) -> None:

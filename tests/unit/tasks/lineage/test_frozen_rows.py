@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,10 +16,8 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deal_core.config import AdapterConfig
 from deal_core.data.schema import REFERENCES, ROW_SCHEMA, DatasetManifest, TaskSchema
 from deal_core.errors import StoreError
-from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from deal_core.evaluation.metrics import right_answers
 from infra.store.base import ObjectStore
 from infra.store.opening import store_at
@@ -42,10 +41,9 @@ from tasks.lineage.frozen_rows import (
     share_rows,
     within_budget,
 )
-from tasks.lineage.record import RECORD_FILE, FrozenRows, KnownTask, LineageRecord, write_record
+from tasks.lineage.record import RECORD_FILE, FrozenRows, write_record
 from tasks.lineage.tombstones import Tombstone, put_tombstone
-from tasks.references import BaseRef
-from tests.stored_versions import version
+from tests.stored_versions import known_task, lineage_record, version
 
 NUM_ROWS = 30
 SIZES = st.dictionaries(st.text(max_size=3), st.integers(1, 600), min_size=1, max_size=60)
@@ -90,24 +88,8 @@ def store(tmp_path: Path) -> ObjectStore:
     pq.write_table(pa.Table.from_pylist(rows, schema=ROW_SCHEMA), tmp_path / "rows.parquet")
     for task in ("old", "new"):
         land(found, tmp_path / "rows.parquet", task)
-    tasks = tuple(
-        KnownTask(
-            schema=TaskSchema(name=task),
-            tests=(FrozenRows(dataset_uri=f"datasets/{task}/77", num_rows=NUM_ROWS),),
-            max_prompt_tokens=64,
-            max_new_tokens=4,
-        )
-        for task in ("old", "new")
-    )
-    record = LineageRecord(
-        lineage="l",
-        base=BaseRef(source="b", name="b", sha256="0"),
-        strategy="deal",
-        adapter=AdapterConfig(),
-        tasks=tasks,
-        matrix=AccuracyMatrix(),
-    )
-    write_record(found, "adapters/child", record)
+    tasks = (known_task(TaskSchema(name=task), f"datasets/{task}/77", NUM_ROWS) for task in ("old", "new"))
+    write_record(found, "adapters/child", lineage_record(*tasks))
     return found
 
 
@@ -147,12 +129,7 @@ def test_a_row_with_several_right_answers_is_compared_by_the_best(store: ObjectS
     keep(store, "adapters/child", {"old": range(0), "new": range(0)}, {"new": range(NUM_ROWS)})
     (new,) = compare_answers(store, child(store), {}, include_texts=True)
     assert (new.num_lost, new.lost[0].row, new.lost[0].expected) == (1, digest(0), "yes")
-    known = KnownTask(
-        schema=TaskSchema(name="new"),
-        tests=(FrozenRows(dataset_uri="datasets/new/77", num_rows=9),),
-        max_prompt_tokens=9,
-        max_new_tokens=9,
-    )
+    known = known_task(TaskSchema(name="new"), "datasets/new/77")
     test_set = load_test_set(store, known)
     assert right_answers(test_set.rows) == ["yes", *([both] * (NUM_ROWS - 1))]
 
@@ -168,7 +145,7 @@ def test_rows_that_were_added_follow_without_the_texts_of_before_and_go_when_the
         FrozenRows(dataset_uri=f"datasets/new/{sha256}", num_rows=number, base_accuracy=base)
         for sha256, number, base in (("77", NUM_ROWS, 0.2), ("78", 5, 0.9))
     )
-    known = KnownTask(schema=TaskSchema(name="new"), tests=(first,), added=added, max_prompt_tokens=9, max_new_tokens=9)
+    known = replace(known_task(TaskSchema(name="new")), tests=(first,), added=added)
     assert (known.num_test, known.grown().num_test, known.base_accuracy) == (NUM_ROWS, NUM_ROWS + 5, 0.2)
     assert known.grown().base_accuracy == pytest.approx(10.5 / 35), "of 30 rows six, of five rows 4.5"
     assert len(load_test_set(store, known).rows) == NUM_ROWS
@@ -205,12 +182,7 @@ ALTERED: dict[str, Callable[[pa.Table], pa.Table]] = {
 
 @pytest.mark.parametrize("name", ALTERED)
 def test_test_rows_that_were_altered_are_refused_by_every_reader(store: ObjectStore, tmp_path: Path, name: str) -> None:
-    known = KnownTask(
-        schema=TaskSchema(name="new"),
-        tests=(FrozenRows(dataset_uri="datasets/new/77", num_rows=9),),
-        max_prompt_tokens=9,
-        max_new_tokens=9,
-    )
+    known = known_task(TaskSchema(name="new"), "datasets/new/77")
     assert len(load_test_set(store, known).rows) == NUM_ROWS
     require_unaltered(store, known.test_uris[0])
     keep(store, "adapters/child", {"old": range(0), "new": range(5)}, {"new": range(0)})

@@ -13,16 +13,15 @@ import pytest
 from deal_core.config import AdapterConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
-from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from infra.branches import Head
 from infra.lineage_state import update
 from infra.store.local import FileStore
 from tasks.adaptation.run import AdaptationRun
 from tasks.landing import _new_label_remedy, choose_schema
-from tasks.lineage.record import FrozenRows, KnownTask, LineageRecord
 from tasks.lineage.requests import Renewal, find_renewal
 from tasks.references import BaseRef, DatasetRef
 from tasks.spec import AdaptSpec, TaskSpec
+from tests.stored_versions import known_task, lineage_record
 
 BANK = TaskSchema(name="bank", labels=("lost card", "fee"), instruction="Which?")
 BASE = BaseRef(source="s", name="n", sha256="b")
@@ -36,12 +35,7 @@ def store(tmp_path: Path) -> FileStore:
 
 def schema(store: FileStore, known: TaskSchema = BANK, **given: Any) -> TaskSchema:
     """What an arrival of task `bank` is checked by, in lineage `l` that knows it."""
-    task = KnownTask(
-        schema=known, tests=(FrozenRows(dataset_uri="d", num_rows=1),), max_prompt_tokens=9, max_new_tokens=9
-    )
-    record = LineageRecord(
-        lineage="l", base=BASE, strategy="deal", adapter=AdapterConfig(), tasks=(task,), matrix=AccuracyMatrix()
-    )
+    record = lineage_record(known_task(known))
     return choose_schema(store, TaskSpec(name="bank", data="x.csv", **given), record)
 
 
@@ -133,24 +127,14 @@ def test_a_request_for_new_test_rows_that_comes_during_a_run_is_for_the_next_arr
     store: FileStore, was_asked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tasks.lineage.requests.is_renewal_asked", lambda *_: True)
-    task = KnownTask(
-        schema=BANK, tests=(FrozenRows(dataset_uri="old", num_rows=9),), max_prompt_tokens=9, max_new_tokens=9
-    )
-    record = LineageRecord(
-        lineage="l", base=BASE, strategy="deal", adapter=AdapterConfig(), tasks=(task,), matrix=AccuracyMatrix()
-    )
+    record = lineage_record(known_task(BANK, "old"))
     dataset = DATASET.model_copy(update={"renews_tests": was_asked})
     store.put_bytes("old/test.parquet", b"")
     assert (find_renewal(store, record, dataset).known is not None) == was_asked
 
 
 def test_a_file_with_a_new_label_is_told_how_the_label_is_added() -> None:
-    task = KnownTask(
-        schema=BANK, tests=(FrozenRows(dataset_uri="d", num_rows=1),), max_prompt_tokens=9, max_new_tokens=9
-    )
-    record = LineageRecord(
-        lineage="l", base=BASE, strategy="deal", adapter=AdapterConfig(), tasks=(task,), matrix=AccuracyMatrix()
-    )
+    record = lineage_record(known_task(BANK))
     assert "deal task add-label bank LABEL --lineage l" in _new_label_remedy("bank", record)
     assert "task.labels in the spec" in _new_label_remedy("clinic", record), "no version has learned it"
     assert "task.labels in the spec" in _new_label_remedy("bank", None)

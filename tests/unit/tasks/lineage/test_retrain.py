@@ -11,7 +11,7 @@ import pytest
 from deal_core.errors import ConfigError
 from tasks.lineage.retrain import RetrainPolicy, Waiting, WaitingFile, when_to_train
 from tasks.lineage.settings import WatchedLineage
-from tasks.spec import AdaptSpec, parse
+from tasks.spec import parse
 
 SUNDAY = datetime(2026, 12, 6, 2, 0, tzinfo=UTC)
 """A Sunday at two."""
@@ -140,8 +140,3 @@ def test_the_longest_settings_decide_for_what_landed_just_now() -> None:
     settings = {"when": "schedule", "cron": "0 2 29 2 *", "min_rows": 2**31 - 1, "max_wait_days": 3650}
     waiting = decide(settings, SUNDAY, (SUNDAY, 1), spent=0.0)
     assert not waiting.is_due and waiting.until == SUNDAY + 3650 * DAY and "2036" in waiting.line()
-
-
-def test_when_to_train_belongs_to_the_lineage_and_to_no_versions_digest() -> None:
-    assert "retrain" not in AdaptSpec.model_fields
-    assert parse(WatchedLineage, {"retrain": WEEKLY}, "test").retrain == policy(**WEEKLY)

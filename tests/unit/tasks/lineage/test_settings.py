@@ -86,13 +86,6 @@ def test_options_alone_make_a_spec(store: ObjectStore, tmp_path: Path, monkeypat
     assert (spec.lineage, spec.strategy, spec.gate) == ("l", "seq_lora", GateConfig())
 
 
-def test_options_win_over_the_spec(store: ObjectStore, tmp_path: Path) -> None:
-    text = "lineage: a\nstrategy: deal\ntask: {name: t, data: x.csv}\ntrain: {max_steps: 3}\n"
-    spec = adapt(store, write(tmp_path / "s.yaml", text), "strategy=seq_lora", lineage="b")
-    assert (spec.lineage, spec.strategy, spec.train.max_steps) == ("b", "seq_lora", 3)
-    assert spec.task.data == str(tmp_path / "x.csv")
-
-
 @pytest.mark.parametrize("given", [{}, {"task": "t"}, {"data": "x.csv"}])
 def test_neither_spec_nor_task_and_data_is_wrong_use(store: ObjectStore, given: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="--task NAME and --data FILE"):
@@ -103,13 +96,6 @@ def test_spec_and_task_together_are_wrong_use(store: ObjectStore, tmp_path: Path
     path = write(tmp_path / "s.yaml", "task: {name: t, data: x.csv}\n")
     with pytest.raises(ConfigError, match="either"):
         adapt(store, path, task="u")
-
-
-def test_a_watch_leaves_the_task_of_a_spec_out(store: ObjectStore, tmp_path: Path) -> None:
-    path = write(tmp_path / "s.yaml", "lineage: a\ntask: {name: t, data: x.csv}\ntrain: {max_steps: 3}\n")
-    spec = watched_from_options(store, path, tasks=None, settings=["strategy=seq_lora"])
-    assert (spec.lineage, spec.strategy, spec.train.max_steps) == ("a", "seq_lora", 3)
-    assert spec.with_task(TaskSpec(name="t", data="x")).train.max_steps == 3
 
 
 def test_what_is_not_said_comes_from_the_lineage_s_file(store: ObjectStore) -> None:
@@ -232,6 +218,7 @@ def test_a_base_in_the_lineage_s_file_is_never_a_folder_of_the_caller(
         ("{}", "strategy: magic", "s.yaml over file:"),
         ("memory: tests", "{}", "support.yaml: 'memory' is no setting any more: set rehearsal.rows, "),
         ("deal: {core: free}", "deal: {energy: 0.5}", "support.yaml: deal.core is free"),
+        ("consolidate: {when_spent: true}", "{}", "consolidate.when_spent needs gate.max_total_drop_points"),
         ("{}", "lineage: a/b\nx: 1", "s.yaml: 'lineage' is 'a/b'"),
         ("{}", "lineage: ../b", "s.yaml: 'lineage' is '../b'"),
         ("{}", "lineage: 5", "s.yaml: lineage is 5; give a text"),

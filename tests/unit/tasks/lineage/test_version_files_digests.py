@@ -10,15 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from deal_core.adapter.files import KEPT_ROWS, as_recorded, digests_of, sha256_together
-from deal_core.config import AdapterConfig
 from deal_core.errors import IntegrityError
-from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from infra.store.local import FileStore
 from infra.versions import Version, Versions
-from tasks.lineage.record import RECORD_FILE, LineageRecord, read_record, write_record
+from tasks.lineage.record import RECORD_FILE, read_record, write_record
 from tasks.lineage.version_files import borrowed_adapter, replacing
-from tasks.references import BaseRef
-from tests.stored_versions import put_version, version
+from tests.stored_versions import lineage_record, put_version, version
 
 CONFIG = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q"]}
 WEIGHTS, STATE = "adapter_model.safetensors", "method.safetensors"
@@ -99,14 +96,7 @@ def test_a_flipped_byte_is_refused_and_the_message_says_what_to_do(store: FileSt
 
 
 def test_one_changed_letter_of_a_record_is_refused(store: FileStore, info: Version) -> None:
-    record = LineageRecord(
-        lineage="l",
-        base=BaseRef(source="b", name="b", sha256="0"),
-        strategy="deal",
-        adapter=AdapterConfig(),
-        tasks=(),
-        matrix=AccuracyMatrix(),
-    )
+    record = lineage_record()
     recorded = {**info.files_sha256, RECORD_FILE: (write_record(store, info.adapter_uri, record),)}
     put_version(store, info.model_copy(update={"files_sha256": recorded}))
     assert read_record(store, now(store)) == record

@@ -80,11 +80,3 @@ def test_a_new_version_begins_without_alarms() -> None:
     assert len(announced[0]) == 1 and after.version == "4" and after.num_looks == 2
     gone, _ = looks(report(bank="too few rows"), version="4", before=state)
     assert not gone.alarms
-
-
-def test_the_state_is_told_in_one_line() -> None:
-    state, _ = looks(report(bank=("drift",), clinic=(), notes="too few rows"))
-    assert state.line() == (
-        "version 3, 2026-05-04 04:00 UTC: bank: drift since 2026-05-04 04:00; clinic: 200 rows, no alarm; "
-        "notes: too few rows (2)"
-    )
