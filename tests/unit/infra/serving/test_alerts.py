@@ -1,4 +1,4 @@
-"""The alert rules of docs/operate.md and the dashboard for Grafana name metrics that `deal serve` has."""
+"""The alert rules for Prometheus and the dashboard for Grafana name metrics that `deal serve` has."""
 
 from __future__ import annotations
 
@@ -14,16 +14,8 @@ import yaml
 from infra.serving.server import Meter
 
 ROOT = Path(__file__).parents[4]
-PAGE = (ROOT / "docs" / "operate.md").read_text()
+RULES = ROOT / "infra" / "prometheus" / "deal-serve.yaml"
 DASHBOARD = ROOT / "infra" / "grafana" / "deal-serve.json"
-
-
-def shown_rules() -> list[dict[str, Any]]:
-    """The rules of the page's block."""
-    (block,) = [
-        block for block in re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL) if "groups:" in block
-    ]
-    return [rule for group in yaml.safe_load(block)["groups"] for rule in group["rules"]]
 
 
 def metrics_and_labels() -> dict[str, set[str]]:
@@ -51,7 +43,7 @@ def require_names(expressions: Sequence[str]) -> set[str]:
 
 
 def test_every_rule_names_metrics_and_labels_of_the_server() -> None:
-    rules = shown_rules()
+    rules = [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
     assert len({rule["alert"] for rule in rules}) == len(rules) >= 4
     named = require_names([rule["expr"] for rule in rules])
     assert {"deal_serving_problem", "deal_requests_total", "deal_engine_up"} <= named
