@@ -24,9 +24,8 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from benchmarks.continual.summary import CellJson, row_scores
+from benchmarks.continual.summary import CellJson, read_cells, row_scores
 from benchmarks.output import RESULTS, Out, write_result
-from benchmarks.stored_cells import read_stored_cells
 from deal_core.config import EvaluateConfig
 from deal_core.evaluation.significance import PairedDrop, smallest_clear_drop
 from deal_core.judging_config import GateConfig
@@ -142,7 +141,7 @@ def budget(
 ) -> None:
     """The noise by the number of rows: half the width of the gate's one-sided interval."""
     settings_of = {"strategy": "deal", "scored": "all"}
-    whole_cells = [cell for cell in read_stored_cells(cells) if settings_of.items() <= cell["settings"].items()]
+    whole_cells = [cell for cell in read_cells(cells, oldest=2) if settings_of.items() <= cell["settings"].items()]
     pairs = [pair for cell in whole_cells for pair in outcomes(cell)]
     whole = min(len(before) for before, _ in pairs)
     num_rows, confidence = EvaluateConfig().max_old_rows, GateConfig().confidence

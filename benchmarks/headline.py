@@ -33,13 +33,21 @@ from matplotlib.lines import Line2D
 from scipy.stats import t as student_t
 
 from benchmarks.cells import benchmark_cell, make_cell_file
+from benchmarks.continual.cell import unpack_answers
 from benchmarks.continual.paired import PairedInterval
 from benchmarks.continual.suites import name_of, order_of
-from benchmarks.continual.summary import CellJson, accuracy, final_scores, interval_over_rows, read_cells, row_scores
+from benchmarks.continual.summary import (
+    JUDGED,
+    CellJson,
+    accuracy,
+    final_scores,
+    interval_over_rows,
+    matched,
+    read_cells,
+    row_scores,
+)
 from benchmarks.continual.summary import order_of as order_of_cell
 from benchmarks.output import RESULTS, templates
-from benchmarks.stored_cells import unpack_answers
-from benchmarks.tables import JUDGED, matched
 from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.evaluation.label_scores import recentred_hits
 from deal_core.method_config import MethodConfig, RehearsalConfig

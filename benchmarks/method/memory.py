@@ -78,8 +78,8 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax
 
 import benchmarks
+from benchmarks.continual.summary import JUDGED
 from benchmarks.output import RESULTS, templates
-from benchmarks.tables import JUDGED
 from deal_core.adapter.files import ADAPTER_FILES, METHOD_TENSORS_FILE
 from deal_core.adapter.state import adapter_on, load_method_state
 from deal_core.base_model.device import describe_machine

@@ -32,21 +32,6 @@ SEED_STRIDE = 1_000_003
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskTexts:
-    """Further rows of an old task, which it was not trained on and which do not judge the version.
-
-    The benchmark alone has them, and gives them to a strategy that `asks_further_rows`.
-    """
-
-    task: TaskSchema
-    rows: Dataset
-    """Columns input and output."""
-    max_prompt_tokens: int
-    max_new_tokens: int
-    """Longest answer of the task. It is that of its first arrival, whatever later arrivals of other tasks have."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class TaskContext:
     """Data that a strategy may read when a task arrives."""
 
@@ -59,8 +44,6 @@ class TaskContext:
     """The same rows as tokens, columns prompt_ids, answer_ids, length and is_prompt_cut."""
     old_tasks: tuple[TaskSchema, ...]
     """Instructions and labels of the tasks that the parent has learned, in order; never their rows."""
-    old_texts: tuple[TaskTexts, ...] = ()
-    """Further rows of these tasks; see `TaskTexts`."""
     adapter: AdapterConfig
     """Shape of a lineage's first adapter."""
     train: TrainConfig
@@ -126,8 +109,6 @@ class Strategy:
     Options: ClassVar[type[Any] | None] = None
     """The class of the strategy's own settings, `strategy_options` in a spec. It is made by
     `deal_core.limits.settings("strategy_options")`, so it checks them; None: there are none."""
-    asks_further_rows: ClassVar[bool] = False
-    """Whether the strategy gets `TaskContext.old_texts`. The benchmark alone has such rows."""
     first_is_plain: ClassVar[bool] = False
     """Whether the first version of a lineage is that of plain LoRA, if no rows are kept. The benchmark shares it."""
     revision: ClassVar[int] = 1

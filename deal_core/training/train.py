@@ -24,7 +24,7 @@ from deal_core.errors import ConfigError, DataValidationError
 from deal_core.method_config import MethodConfig
 from deal_core.strategies import make_strategy, strategy_class
 from deal_core.strategies.rehearsal import RehearsedRow
-from deal_core.strategies.strategy import TaskContext, TaskTexts
+from deal_core.strategies.strategy import TaskContext
 from deal_core.training.kernels import compiled_layers, set_attention
 from deal_core.training.objective import (
     AnswerLoss,
@@ -101,7 +101,6 @@ def train_adapter(
     checkpoint_folder: Path,
     joined: Sequence[tuple[TaskSchema, Dataset]] = (),
     kept: KeptSource | None = None,
-    old_texts: Sequence[TaskTexts] = (),
     shard: Shard = "none",
     on_log: OnLog | None = None,
     on_checkpoint: OnCheckpoint | None = None,
@@ -119,7 +118,6 @@ def train_adapter(
         checkpoint_folder: Folder for the checkpoints.
         joined: Further tasks with their rows, learned in the same run; for joint training.
         kept: Kept rows that the result hands on to later versions; for joint training.
-        old_texts: Further rows of old tasks, for a strategy that asks for them.
         shard: base: each process keeps a part of the frozen base model; the model stays sharded after the call.
         on_log: Called after every optimiser step with the step and its loss and gradient norm. After a resume it is
             first called for the earlier steps.
@@ -184,7 +182,6 @@ def train_adapter(
             rows=rows,
             encoded=encoded,
             old_tasks=setup.old_tasks,
-            old_texts=tuple(old_texts),
             adapter=setup.adapter,
             train=train,
         )
