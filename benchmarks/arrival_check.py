@@ -33,8 +33,9 @@ import typer
 from numpy.typing import NDArray
 from scipy.special import softmax
 
+from benchmarks.continual.cell import unpack_answers
+from benchmarks.continual.summary import read_cells
 from benchmarks.output import RESULTS, Out, describe_machine, read, templates, write_result
-from benchmarks.stored_cells import read_stored_cells, unpack_answers
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.data.reading.readers import read_rows
 from deal_core.data.schema import label_key
@@ -341,7 +342,7 @@ class Champion:
 def champions_of_cells() -> list[Champion]:
     """The versions of stored cells, with their answers to the reported rows of the task that they have just learned."""
     champions = []
-    for cell in (cell for folder in CELLS for cell in read_stored_cells(RESULTS / folder)):
+    for cell in (cell for folder in CELLS for cell in read_cells(RESULTS / folder, oldest=2)):
         settings = cell["settings"]
         if settings["part"] != "reported" or settings["strategy"] not in STRATEGIES:
             continue

@@ -25,9 +25,16 @@ from datasets import disable_progress_bars
 
 from benchmarks.cells import benchmark_cell, make_cell_file
 from benchmarks.continual.suites import name_of, order_of
-from benchmarks.continual.summary import CellJson, average_accuracy, interval_over_rows, matrix_of, paired, read_cells
+from benchmarks.continual.summary import (
+    CellJson,
+    average_accuracy,
+    interval_over_rows,
+    matrix_of,
+    paired,
+    read_cells,
+    round_alike,
+)
 from benchmarks.output import RESULTS, Base, templates
-from benchmarks.tables import round_alike
 from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.config import TrainConfig
 from deal_core.method_config import MethodConfig

@@ -2,12 +2,15 @@
 
     python -m benchmarks.gate_noise coverage
     python -m benchmarks.gate_noise budget
+    python -m benchmarks.gate_noise page
 
 coverage: every line draws many pairs of versions with a known drop, for right and wrong answers and for graded scores.
 A one-sided bound of 95 % should hold the drop in 95 % of the draws. Both bounds together are an interval of 90 %.
 
 budget: nothing is trained. The outcomes are those of the stored cells of `deal`, where each version answered every row
 of the tasks before it. Each pair of a version and the next one on an old task is told from the first n of its rows.
+
+page: benchmarks/intervals.md, from the stored results of `coverage` and of `benchmarks.test_rows`.
 """
 
 from __future__ import annotations
@@ -24,9 +27,8 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from benchmarks.continual.summary import CellJson, row_scores
-from benchmarks.output import RESULTS, Out, write_result
-from benchmarks.stored_cells import read_stored_cells
+from benchmarks.continual.summary import CellJson, read_cells, row_scores
+from benchmarks.output import RESULTS, Out, read, templates, write_result
 from deal_core.config import EvaluateConfig
 from deal_core.evaluation.significance import PairedDrop, smallest_clear_drop
 from deal_core.judging_config import GateConfig
@@ -34,6 +36,7 @@ from deal_core.judging_config import GateConfig
 Floats = NDArray[np.float64]
 Draw = Callable[[np.random.Generator, int], tuple[Floats, Floats]]
 COVERED = 0.95
+COVERAGE, PAGE = RESULTS / "paired_coverage.json", Path("benchmarks/intervals.md")
 NUM_TRUE = 2_000_000
 """Rows whose mean difference counts as the true drop."""
 NUM_TASKS = 50
@@ -102,7 +105,7 @@ def covered(draw: Draw, num_rows: int, num_draws: int) -> dict[str, float]:
 @app.command()
 def coverage(
     draws: Annotated[int, typer.Option(help="Pairs of versions per line.")] = 10_000,
-    out: Out = RESULTS / "paired_coverage.json",
+    out: Out = COVERAGE,
 ) -> None:
     """The coverage by case and number of rows."""
     lines = [
@@ -142,7 +145,7 @@ def budget(
 ) -> None:
     """The noise by the number of rows: half the width of the gate's one-sided interval."""
     settings_of = {"strategy": "deal", "scored": "all"}
-    whole_cells = [cell for cell in read_stored_cells(cells) if settings_of.items() <= cell["settings"].items()]
+    whole_cells = [cell for cell in read_cells(cells, oldest=2) if settings_of.items() <= cell["settings"].items()]
     pairs = [pair for cell in whole_cells for pair in outcomes(cell)]
     whole = min(len(before) for before, _ in pairs)
     num_rows, confidence = EvaluateConfig().max_old_rows, GateConfig().confidence
@@ -157,6 +160,17 @@ def budget(
             "lines": [told_from(pairs, rows, confidence) for rows in (25, 50, 100, 200, whole) if rows <= whole],
         },
     )
+
+
+@app.command()
+def page(
+    results: Annotated[Path, typer.Option(help="Folder of the stored results.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="Page to write.")] = PAGE,
+) -> None:
+    """Write the page of how often the gate's intervals hold the truth."""
+    coverage, few_tests = read(results / COVERAGE.name), read(results / "test_rows.json")
+    template = templates().get_template("intervals.md.j2")
+    out.write_text(template.render(coverage=coverage, few_tests=few_tests), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -33,13 +33,21 @@ from matplotlib.lines import Line2D
 from scipy.stats import t as student_t
 
 from benchmarks.cells import benchmark_cell, make_cell_file
+from benchmarks.continual.cell import unpack_answers
 from benchmarks.continual.paired import PairedInterval
 from benchmarks.continual.suites import name_of, order_of
-from benchmarks.continual.summary import CellJson, accuracy, final_scores, interval_over_rows, read_cells, row_scores
+from benchmarks.continual.summary import (
+    JUDGED,
+    CellJson,
+    accuracy,
+    final_scores,
+    interval_over_rows,
+    matched,
+    read_cells,
+    row_scores,
+)
 from benchmarks.continual.summary import order_of as order_of_cell
 from benchmarks.output import RESULTS, templates
-from benchmarks.stored_cells import unpack_answers
-from benchmarks.tables import JUDGED, matched
 from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.evaluation.label_scores import recentred_hits
 from deal_core.method_config import MethodConfig, RehearsalConfig
@@ -50,6 +58,7 @@ CELLS = RESULTS / "final"
 PAGE, PICTURE, WIDTH = Path("docs/benchmark.md"), "benchmark.png", 120
 SUITE, NUM_ROWS = "9", 150
 OURS, BOUND, RIVAL = "deal", "retrain", "replay"
+MADE_OF = f"`{OURS}` is replay with a conservative update inspired by DEAL."
 ARMS: dict[str, tuple[str, MethodConfig]] = {
     BOUND: ("joint", MethodConfig()),
     OURS: ("deal", MethodConfig()),
@@ -252,7 +261,7 @@ def share_of(pairs: Sequence[tuple[CellJson, CellJson]]) -> tuple[float, tuple[f
 
 
 def claim(stored: Mapping[str, Sequence[CellJson]]) -> str:
-    """Return the claim: accuracy in the end of our arm, of replay and of retraining, and what the rule says."""
+    """Return the claim: what our arm is made of, its accuracy in the end beside the others', and what the rule says."""
     ours, rival, bound = (figures_of(name, stored[name]).end for name in (OURS, RIVAL, BOUND))
     lead = difference_of(RIVAL, stored[OURS], stored[RIVAL])
     assert lead is not None, "the arms have a pair"
@@ -272,8 +281,8 @@ def claim(stored: Mapping[str, Sequence[CellJson]]) -> str:
         if not lead.is_found:
             verdict = f"{better} ended {abs(lead.mean):.1f} points higher ({between}). The rule finds no difference"
     return (
-        f"After {len(stored[OURS][0]['settings']['tasks'])} arrivals `{OURS}` ends at {ours:.1f} % accuracy, replay of "
-        f"the same rows at {rival:.1f} %, and retraining on all rows at {bound:.1f} %. {verdict}."
+        f"{MADE_OF} After {len(stored[OURS][0]['settings']['tasks'])} arrivals it ends at {ours:.1f} % accuracy, replay "
+        f"of the same rows at {rival:.1f} %, and retraining on all rows at {bound:.1f} %. {verdict}."
     )
 
 

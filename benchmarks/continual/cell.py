@@ -1,13 +1,19 @@
-"""One cell of the benchmark: all settings that decide its figures, and the answers that its file keeps."""
+"""One cell of the benchmark: all settings that decide its figures, and the answers that its file keeps.
+
+Shapes: N test rows, L labels.
+"""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.continual.suites import Part
 from deal_core.config import AdapterConfig, TrainConfig
@@ -180,3 +186,33 @@ def pack_answers(
         "answers": [numbers.get(plain_answer(answer), answer) for answer in answers],
         "log_probs": base64.b64encode(half_NL.tobytes()).decode(),
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledAnswers:
+    """The answers of one version to one labelled task."""
+
+    labels: tuple[str, ...]
+    targets_N: NDArray[np.int64]
+    """Number of each row's right label."""
+    answers: tuple[int | str, ...]
+    """Each row's answer: the number of a label, or another text."""
+    log_probs_NL: NDArray[np.float64]
+    """log p(label | prompt)."""
+
+    def texts(self) -> list[str]:
+        """The answers as texts."""
+        return [self.labels[answer] if isinstance(answer, int) else answer for answer in self.answers]
+
+
+def unpack_answers(score: Mapping[str, Any]) -> LabelledAnswers | None:
+    """Read back what `pack_answers` wrote; None: an open task or an old cell has no values."""
+    if "log_probs" not in score:
+        return None
+    flat = np.frombuffer(base64.b64decode(score["log_probs"]), "<f2").astype(np.float64)
+    return LabelledAnswers(
+        labels=tuple(score["labels"]),
+        targets_N=np.array(score["targets"], dtype=np.int64),
+        answers=tuple(score["answers"]),
+        log_probs_NL=flat.reshape(len(score["targets"]), len(score["labels"])),
+    )

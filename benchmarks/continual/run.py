@@ -16,7 +16,6 @@ from filelock import FileLock
 
 from benchmarks.continual.cell import Cell, pack_answers
 from benchmarks.continual.suites import Rows, SuiteTask
-from benchmarks.method.asked import DealAsked, TaskTexts, further_rows
 from benchmarks.output import describe_machine
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.adapter.state import adapter_on, load_method_state
@@ -35,8 +34,6 @@ from deal_core.training.train import KeptSource, TrainingSetup, train_adapter
 
 OnProgress = Callable[[float, float, str], None]
 VERSION_FILE = "version.json"
-NUM_FURTHER_ROWS = 50
-"""Training rows of a task after those that a cell learns, for strategies that ask for further rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,24 +178,20 @@ def _make_version(run: CellRun, number: int, stage: _Stage) -> None:
     def on_log(step: int, _: Mapping[str, float]) -> None:
         run.on_progress(number + 0.7 * step / num_steps, num_versions, f"{first}: step {step} of {num_steps}")
 
-    asks_further_rows = not stage.is_together and cell.strategy == DealAsked.name
-    old_texts = [_further_rows(run, name) for name in stage.old] if asks_further_rows else []
-    with further_rows(old_texts):
-        result = train_adapter(
-            run.base,
-            rows,
-            setup,
-            parent_folder=parent_folder,
-            joined=joined,
-            kept=KeptSource(folder=before) if stage.is_together and before else None,
-            output_folder=folder,
-            checkpoint_folder=run.work / f"{number}-checkpoints",
-            on_log=on_log,
-        )
+    result = train_adapter(
+        run.base,
+        rows,
+        setup,
+        parent_folder=parent_folder,
+        joined=joined,
+        kept=KeptSource(folder=before) if stage.is_together and before else None,
+        output_folder=folder,
+        checkpoint_folder=run.work / f"{number}-checkpoints",
+        on_log=on_log,
+    )
     trained = time.perf_counter()
     with adapter_on(run.base.model, folder) as model:
         scores = _score(run, model, _test_rows(run, stage.scored), number + 0.7, num_versions)
-    without = [f"{old.task.name} has no training rows left to rehearse" for old in old_texts if not len(old.rows)]
     version: dict[str, Any] = {
         "task": None if more else first,
         "scores": scores,
@@ -207,24 +200,13 @@ def _make_version(run: CellRun, number: int, stage: _Stage) -> None:
         "rows_per_second": result.rows_per_second,
         "adapter_bytes": (folder / WEIGHTS_FILE).stat().st_size,
         "fill": sum(result.fill.values()) / len(result.fill) if result.fill else None,
-        "notes": [*(chosen.notes if chosen else ()), *result.notes, *without],
+        "notes": [*(chosen.notes if chosen else ()), *result.notes],
         "machine": describe_machine(),
     }
     if chosen is not None:  # the numbers say which rows methods have in common; a benchmark's rows are public
         version["chosen"] = list(chosen.rows)
     with complete_file(folder / VERSION_FILE) as part:
         part.write_text(json.dumps(version))
-
-
-def _further_rows(run: CellRun, name: str) -> TaskTexts:
-    """Training rows of a task that the cell does not train on; there may be none."""
-    task, cell = run.tasks[name], run.cell
-    return TaskTexts(
-        task=task.schema,
-        rows=Dataset.from_list(list(task.train[cell.rows : cell.rows + NUM_FURTHER_ROWS])),
-        max_prompt_tokens=cell.train.max_prompt_tokens,
-        max_new_tokens=cell.train.answer_tokens(task.schema.labels),
-    )
 
 
 def _rows(run: CellRun, name: str) -> Dataset:
@@ -237,13 +219,13 @@ def _test_rows(run: CellRun, names: Sequence[str]) -> dict[str, Rows]:
 
 
 def _score_unused(run: CellRun, model: LanguageModel, done: float, num_versions: float) -> dict[str, Any]:
-    """Score training rows that no cell of this many rows learns or rehearses, if the cell asks for it.
+    """Score training rows that no cell of this many rows learns, if the cell asks for it.
 
     They are as good as test rows, for the last version.
     """
     if not run.cell.scores_unused:
         return {}
-    rows_of = {name: run.tasks[name].train[run.cell.rows + NUM_FURTHER_ROWS :] for name in run.cell.tasks}
+    rows_of = {name: run.tasks[name].train[run.cell.rows :] for name in run.cell.tasks}
     return {"unused": _score(run, model, rows_of, done, num_versions)}
 
 

@@ -23,10 +23,17 @@ OURS = "deal"
 KEPT_BY_BOUNDS = {"base": None, "per_task": "an adapter per task", "joint": "all rows"}
 CellJson = Mapping[str, Any]
 Scores = Mapping[str, Mapping[str, Any]]
+JUDGED = ("yelp", "amazon", "IMDB", "SST-2", "dbpedia", "agnews", "yahoo")
+"""The tasks of suites 9 and 15 whose own adapter beats the commonest answer and the base model."""
 
 
-def read_cells(folder: Path) -> list[CellJson]:
+def read_cells(folder: Path, *, oldest: int = SCHEMA_VERSION) -> list[CellJson]:
     """Read every cell of a folder.
+
+    Args:
+        folder: The cells.
+        oldest: Lowest schema version that is read. Version 2 has the same answers, and lacks some settings that had
+            their default.
 
     Raises:
         DataValidationError: A cell has another schema version.
@@ -34,9 +41,10 @@ def read_cells(folder: Path) -> list[CellJson]:
     cells = []
     for path in sorted(folder.glob("*-*.json")):
         cell = json.loads(path.read_text(encoding="utf-8"))
-        require_schema_version(
-            cell["settings"], SCHEMA_VERSION, str(path), DataValidationError, "move it away and run its cell again"
-        )
+        if cell["settings"].get("schema_version") not in range(oldest, SCHEMA_VERSION):
+            require_schema_version(
+                cell["settings"], SCHEMA_VERSION, str(path), DataValidationError, "move it away and run its cell again"
+            )
         cells.append(cell)
     return cells
 
@@ -93,12 +101,12 @@ class Table(NamedTuple):
     cells: tuple[CellJson, ...]
 
 
-def tables(cells: Iterable[CellJson], not_compared: Collection[str] = ("seed",)) -> list[Table]:
-    """Group cells into tables. Cells that differ only in these settings of the training share a table."""
+def tables(cells: Iterable[CellJson]) -> list[Table]:
+    """Group cells into tables. Cells that differ only in their seed share a table."""
     groups: dict[tuple[str, str], list[CellJson]] = defaultdict(list)
     for cell in _most_scored(cells):
         settings = cell["settings"]
-        train = {name: value for name, value in settings["train"].items() if name not in not_compared}
+        train = {name: value for name, value in settings["train"].items() if name != "seed"}
         names = ("rows", "part", "max_test_rows", "scoring", "adapter", "base", "data", "prompt")
         key = json.dumps([*(settings[name] for name in names), train], sort_keys=True)
         groups[name_of(tuple(settings["tasks"]))[0], key].append(cell)
@@ -224,6 +232,33 @@ def paired(cells: Iterable[CellJson], others: Iterable[CellJson]) -> dict[tuple[
     """The cells of both sides that have a common order and seed, by these two."""
     sides = [{(order_of(cell), cell["settings"]["seed"]): cell for cell in side} for side in (cells, others)]
     return {place: (sides[0][place], sides[1][place]) for place in sorted(sides[0].keys() & sides[1].keys())}
+
+
+def round_alike(cell: CellJson, other: CellJson) -> bool:
+    """Whether the base model has one perplexity in both cells. It differs where sums of bf16 products round otherwise.
+
+    Two trainings that do not round alike differ as with two seeds.
+    """
+    first, second = (side["perplexity"].get("base") for side in (cell, other))
+    return first is not None and second is not None and f"{first:.3f}" == f"{second:.3f}"
+
+
+def matched(cells: Iterable[CellJson], others: Sequence[CellJson]) -> list[tuple[CellJson, CellJson]]:
+    """Return the pairs of two arms: cells with the same rows, seed, order and kind of processor.
+
+    A bound learns all tasks together, so it makes a pair with every order of them.
+    """
+
+    def is_pair(cell: CellJson, other: CellJson) -> bool:
+        first, second = cell["settings"], other["settings"]
+        has_order = not {first["strategy"], second["strategy"]} & {*BOUNDS}
+        return (
+            all(first[name] == second[name] for name in ("seed", "data", "rows", "part"))
+            and (first["tasks"] == second["tasks"] if has_order else {*first["tasks"]} == {*second["tasks"]})
+            and round_alike(cell, other)
+        )
+
+    return [(cell, other) for cell in cells for other in others if is_pair(cell, other)]
 
 
 def average_accuracy(cell: CellJson) -> float:

@@ -47,13 +47,14 @@ from infra.settings import HomeSettings
 
 PLAIN = "seq_lora"
 FUSED = "seq_lora_fused_attention"
-VARIANTS = {
-    PLAIN: ("seq_lora", MethodConfig()),
-    FUSED: ("seq_lora", MethodConfig()),
-    "deal_without_rehearsal": ("deal_asked", MethodConfig(strategy_options={"texts": "none"})),
-    "deal": ("deal", MethodConfig()),
-}
 OLD_TASK = TaskSchema(name="old", labels=("first", "second"), instruction="Which of the two is it?")
+VARIANTS: dict[str, tuple[str, tuple[TaskSchema, ...]]] = {
+    PLAIN: ("seq_lora", (OLD_TASK,)),
+    FUSED: ("seq_lora", (OLD_TASK,)),
+    "deal_without_rehearsal": ("deal", ()),
+    "deal": ("deal", (OLD_TASK,)),
+}
+"""Variant → its strategy, and the old tasks that it may rehearse."""
 NUM_WARM_UP = 3
 """First steps, which warm allocators and kernels up and do not count."""
 SECOND, FIFTIETH = 1, 49
@@ -68,20 +69,20 @@ class Stepper:
     """One variant on a base model of its own, with the parent's adapter, taking optimiser steps on one batch."""
 
     def __init__(self, variant: str, source: str, parent: Path, num_rows: int, num_tokens: int) -> None:
-        strategy, method = VARIANTS[variant]
+        strategy, old_tasks = VARIANTS[variant]
         base = load_base(source, HomeSettings().cache_dir)
         if variant == FUSED:
             base.model.set_attn_implementation("sdpa")
         self._model = load_adapter(base.model, parent, is_trainable=True)
         self._batch = _make_batch(base, num_rows, num_tokens)
-        self._strategy = make_strategy(strategy, method, 0)
+        self._strategy = make_strategy(strategy, MethodConfig(), 0)
         rows = Dataset.from_list([{"input": f"{i} is a number. " * num_tokens} for i in range(16)])
         context = TaskContext(
             base=base,
             task=TaskSchema(name="new"),
             rows=rows,
             encoded=rows,
-            old_tasks=(OLD_TASK,),
+            old_tasks=old_tasks,
             num_steps=6,
             adapter=AdapterConfig(),
             train=TrainConfig(max_prompt_tokens=num_tokens - 2),

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 from typer import BadParameter
 
-from benchmarks import headline, performance
-from benchmarks.report import main
+from benchmarks import gate_noise, headline, performance
 from benchmarks.speed import base_models
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "benchmarks" / "results"
-
-
-@pytest.mark.nightly
-def test_the_pages_of_the_earlier_rehearsal_are_those_that_the_stored_cells_give(tmp_path: Path) -> None:
-    main(results=RESULTS, page=tmp_path / "earlier.md", cells_page=tmp_path / "cells.md")
-    for name in ("cells.md", "earlier.md"):
-        assert (tmp_path / name).read_text() == (ROOT / "benchmarks" / name).read_text()
 
 
 def test_the_benchmarks_page_and_the_readme_say_what_the_stored_cells_give(tmp_path: Path) -> None:
@@ -36,18 +27,14 @@ def test_the_benchmarks_page_and_the_readme_say_what_the_stored_cells_give(tmp_p
     assert headline.claim(headline.read_arms(RESULTS / "final")) in readme
 
 
-@pytest.mark.nightly
-def test_a_cell_more_or_less_is_another_page(tmp_path: Path) -> None:
-    shutil.copytree(RESULTS, tmp_path / "results")
-    next((tmp_path / "results" / "continual").glob("seq_lora-*.json")).unlink()
-    main(results=tmp_path / "results", page=tmp_path / "earlier.md", cells_page=tmp_path / "cells.md")
-    assert (tmp_path / "earlier.md").read_text() != (ROOT / "benchmarks" / "earlier.md").read_text()
-
-
 def test_a_result_that_is_missing_is_named(tmp_path: Path) -> None:
-    (tmp_path / "continual").mkdir()
-    with pytest.raises(BadParameter, match=r"recentring\.json is not there"):
-        main(results=tmp_path, page=tmp_path / "earlier.md", cells_page=tmp_path / "cells.md")
+    with pytest.raises(BadParameter, match=r"paired_coverage\.json is not there"):
+        gate_noise.page(results=tmp_path, out=tmp_path / "intervals.md")
+
+
+def test_the_page_of_the_gates_intervals_is_the_one_that_the_stored_results_give(tmp_path: Path) -> None:
+    gate_noise.page(results=RESULTS, out=tmp_path / "intervals.md")
+    assert (tmp_path / "intervals.md").read_text() == (ROOT / "benchmarks" / "intervals.md").read_text()
 
 
 def test_the_page_of_performance_is_the_one_that_the_stored_results_give(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def cell(bits: str, *, method: MethodConfig | None = None, seed: int = 0, **trai
         "rows": 300,
         "scored": "last",
         "method": json.loads(json.dumps(settings_read("deal", method or MethodConfig()))),
-        "train": {"max_prompt_tokens": 160, **train},
+        "train": {"max_prompt_tokens": 160, "max_steps": None, **train},
         "revision": revision_of("deal"),
     }
     scores = {"yahoo": {"correct": bits[:4]}, "agnews": {"correct": bits[4:]}}
@@ -58,7 +58,5 @@ def test_an_option_is_compared_with_random_rows_and_with_all_rows():
 
 def test_the_page_is_the_one_that_the_stored_results_give(tmp_path: Path):
     results = ROOT / "benchmarks" / "results"
-    main(
-        cells=results / "development", noisy=results / "noisy", trials=results / "arms.json", page=tmp_path / "page.md"
-    )
+    main(cells=results / "development", noisy=results / "noisy", page=tmp_path / "page.md")
     assert (tmp_path / "page.md").read_text() == (ROOT / "benchmarks" / "data_efficiency.md").read_text()

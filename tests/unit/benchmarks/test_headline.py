@@ -13,9 +13,8 @@ from typer.testing import CliRunner
 
 from benchmarks import headline
 from benchmarks.continual.cell import Cell, pack_answers
-from benchmarks.continual.summary import CellJson
+from benchmarks.continual.summary import CellJson, matched
 from benchmarks.headline import app, claim, difference_of, figures_of
-from benchmarks.tables import matched
 from deal_core.method_config import MethodConfig
 from tasks.references import BaseRef
 from tests.unit.benchmarks.continual.test_summary import made

@@ -12,12 +12,10 @@ import pytest
 import torch
 
 import benchmarks  # noqa: F401  its scores
-from benchmarks.continual import run as benchmark_run
-from benchmarks.continual.cell import Cell, make_cell
+from benchmarks.continual.cell import Cell, make_cell, unpack_answers
 from benchmarks.continual.run import CellRun, run_cell
 from benchmarks.continual.suites import SuiteTask
 from benchmarks.continual.summary import departures, final_scores, matrix_of
-from benchmarks.stored_cells import unpack_answers
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.adapter.state import adapter_on, load_method_state
 from deal_core.base_model.load import BaseModel
@@ -145,13 +143,12 @@ def test_the_likeliest_label_can_be_the_answer(run):
             )
 
 
-def test_the_last_version_answers_training_rows_that_no_cell_uses(run, monkeypatch):
+def test_the_last_version_answers_training_rows_that_no_cell_uses(run):
     assert "unused" not in run("seq_lora", rows=6)
-    monkeypatch.setattr(benchmark_run, "NUM_FURTHER_ROWS", 3)
     for strategy in ("seq_lora", "base"):
         unused = run(strategy, rows=6, scores_unused=True)["unused"]
-        assert {name: len(score["correct"]) for name, score in unused.items()} == dict.fromkeys(TWO, 16 - 6 - 3)
-        assert all(len(unpack_answers(score).texts()) == 7 for score in unused.values())
+        assert {name: len(score["correct"]) for name, score in unused.items()} == dict.fromkeys(TWO, 16 - 6)
+        assert all(len(unpack_answers(score).texts()) == 10 for score in unused.values())
     assert run("seq_lora", rows=16, scores_unused=True)["unused"] == {}, "no row is left"
 
 
@@ -253,14 +250,6 @@ def test_features_do_not_depend_on_the_batch(base: BaseModel):
     together_ND = found(texts)
     torch.testing.assert_close(together_ND, torch.cat([found([text]) for text in texts]))
     assert not torch.allclose(together_ND[0], together_ND[2]), "the features tell texts apart"
-
-
-def test_a_strategy_that_asks_for_further_rows_is_told_which_task_has_none(run):
-    method = MethodConfig(strategy_options={"texts": "own"})
-    without, rows_left = (run("deal_asked", method, rows=rows)["versions"][1]["notes"] for rows in (16, 12))
-    note = "colours has no training rows left to rehearse"
-    assert note in without and "rehearsed 16 rows of one old task, 4 a step" in without, "the new task's texts"
-    assert note not in rows_left and "rehearsed 4 rows of one old task, 4 a step" in rows_left
 
 
 def test_after_every_second_task_a_version_more_learns_all_tasks_so_far(run, tmp_path):
