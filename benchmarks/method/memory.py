@@ -544,11 +544,14 @@ class Point:
 
 
 def points_of(cells: Iterator[tuple[str, Mapping[str, Any]]]) -> list[Point]:
-    """Return the forks by parent, arm and number of kept rows. A chain is a fork of its own parent."""
+    """Return the forks by parent, arm and number of kept rows. A chain that has forks is a fork of its own parent."""
+    of_cells = [cell for _, cell in cells]
+    parents = [cell["settings"]["parent"] for cell in of_cells]
     points: dict[tuple[str, str, int], list[Figures]] = {}
-    for _, cell in cells:
-        if (figures := figures_of(cell)) is not None:
-            settings = cell["settings"]
+    for cell in of_cells:
+        settings = cell["settings"]
+        is_shown = settings["design"] == "fork" or settings in parents
+        if is_shown and (figures := figures_of(cell)) is not None:
             parent = (settings["parent"] or settings)["arm"]
             points.setdefault((parent, settings["arm"], settings["kept"]), []).append(figures)
     return [Point(parent=key[0], arm=key[1], kept=key[2], figures=points[key]) for key in sorted(points)]
