@@ -281,8 +281,8 @@ def claim(stored: Mapping[str, Sequence[CellJson]]) -> str:
         if not lead.is_found:
             verdict = f"{better} ended {abs(lead.mean):.1f} points higher ({between}). The rule finds no difference"
     return (
-        f"{MADE_OF} After {len(stored[OURS][0]['settings']['tasks'])} arrivals it ends at {ours:.1f} % accuracy, replay "
-        f"of the same rows at {rival:.1f} %, and retraining on all rows at {bound:.1f} %. {verdict}."
+        f"{MADE_OF} After {len(stored[OURS][0]['settings']['tasks'])} arrivals it ends at {ours:.1f} % accuracy, "
+        f"replay of the same rows at {rival:.1f} %, and retraining on all rows at {bound:.1f} %. {verdict}."
     )
 
 
