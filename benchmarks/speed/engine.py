@@ -7,9 +7,6 @@ Two versions are learned, and one vLLM server is started. Two `deal serve` answe
 model in its process, one with the engine. Clients ask without a pause. Every answer is compared with what the version
 gives alone. The figures of a number of clients are medians over the turns.
 
-The front's own cost is measured with one client: it asks the front, and then the engine itself with the same prompt,
-again and again. The figure is the median difference of the neighbours.
-
 The evaluation scores the same test rows with the same adapter in this process and over the engine, in turns.
 """
 
@@ -23,11 +20,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
 import typer
 
 from benchmarks.output import RESULTS, Out, write_result
-from benchmarks.speed.real_engine import RealEngine, running_engine
+from benchmarks.speed.real_engine import running_engine
 from benchmarks.speed.serving import (
     LINEAGE,
     Clients,
@@ -79,39 +75,6 @@ def ask_both(urls: dict[str, str], expected: Expected, num_clients: int, seconds
     }
 
 
-def cost_of_front(url: str, engine: RealEngine, num_pairs: int) -> dict[str, Any]:
-    """Ask the front and then the engine itself with one prompt; milliseconds of the difference."""
-    (adapter,) = engine.adapters()
-    prompt, asked = texts_to_ask()[0], {}
-    with httpx.Client(timeout=300) as client:
-
-        def seconds(address: str, body: dict[str, Any]) -> float:
-            begun = time.perf_counter()
-            client.post(f"{address}/v1/completions", json=body).raise_for_status()
-            return time.perf_counter() - begun
-
-        # what the front sends: the same number of tokens, as a stream with log-probabilities
-        body = {"model": f"{LINEAGE}/bank", "prompt": prompt}
-        tokens = client.post(f"{url}/v1/completions", json=body).json()["usage"]
-        asked = {
-            "model": adapter,
-            "prompt": [[5] * tokens["prompt_tokens"]],
-            "max_tokens": tokens["completion_tokens"],
-            "temperature": 0,
-            "ignore_eos": True,
-            "logprobs": 20,
-            "logprob_token_ids": list(range(6)),
-            "stream": True,
-        }
-        pairs = [(seconds(url, body), seconds(engine.url, asked)) for _ in range(num_pairs)]
-    return {
-        "num_pairs": num_pairs,
-        "front_ms": round(1e3 * statistics.median(front for front, _ in pairs), 2),
-        "engine_ms": round(1e3 * statistics.median(alone for _, alone in pairs), 2),
-        "difference_ms": round(1e3 * statistics.median(front - alone for front, alone in pairs), 2),
-    }
-
-
 def evaluate_both(base_source: str, rounds: int) -> dict[str, Any]:
     """Score the newest version's test rows here and over the engine: the ratio of the seconds."""
     store = open_store()
@@ -152,7 +115,6 @@ def measure(
     clients: Annotated[list[int] | None, typer.Option(help="Numbers of clients.", show_default="1, 8, 32")] = None,
     seconds: Annotated[float, typer.Option(help="Of a turn.")] = 10.0,
     rounds: Annotated[int, typer.Option(help="Turns of each kind.")] = 3,
-    pairs: Annotated[int, typer.Option(help="Pairs of requests for the front's own cost.")] = 100,
     out: Out = RESULTS / "engine.json",
 ) -> None:
     """Measure, and write the figures."""
@@ -177,7 +139,6 @@ def measure(
         for num_clients in (1, *(clients or (1, 8, 32))):  # the first time warms up
             result[f"clients_{num_clients}"] = ask_both(urls, expected, num_clients, seconds, rounds)
             print(num_clients, result[f"clients_{num_clients}"], flush=True)
-        result["front"] = cost_of_front(urls["engine"], engine, pairs)
         os.environ["DEAL_EVALUATE_ENGINE"] = engine.url
         result["evaluation"] = evaluate_both(source, rounds)
     write_result(out, result)
