@@ -59,8 +59,8 @@ from benchmarks.speed.serving import (
 from benchmarks.tiny_base import build_tiny_base
 from deal_core.judging_config import RolloutTerms
 from infra.promotions import Change, PromotionLog
+from infra.store.opening import open_store
 from infra.versions import UNREGISTERED, Versions
-from tasks.context import current_store
 from tasks.lineage.history import find_version
 
 NUM_CLIENTS = 32
@@ -187,7 +187,7 @@ def measure_moves(url: str, expected: Expected, seconds: float) -> dict[str, Any
             moves.append((time.monotonic(), version))
             make_champion(version)
             clients.first_of(version, moves[-1][0])
-        store = current_store()
+        store = open_store()
         parent = find_version(store, LINEAGE, "1")
         terms = RolloutTerms(kind="canary", share=0.5, num_rows=10**6, max_drop_points=100.0, confidence=0.95)
         tried = find_version(store, LINEAGE, "2").model_copy(
