@@ -15,7 +15,7 @@ from benchmarks.continual.suites import Part, digest_of, load_suite, with_prompt
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.method_config import MethodConfig
 from deal_core.regular_file import complete_file
-from tasks.base import lend_base
+from tasks.base import cached_base
 from tasks.references import BaseRef
 
 CellStatus = Literal["done", "stored", "busy"]
@@ -85,7 +85,7 @@ def make_cell_file(
                 return "stored"
             result = run_cell(
                 CellRun(
-                    base=lend_base(base),
+                    base=cached_base(base),
                     cell=cell,
                     tasks=with_prompts(load_suite(data, cell.tasks), cell.prompt),
                     method=method,

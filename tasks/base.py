@@ -31,7 +31,7 @@ _attached: dict[tuple[BaseRef, str], PeftModel] = {}
 """The adapter that stays on the base model in memory, by its base model and its digest. There is at most one."""
 
 
-def lend_base(reference: BaseRef) -> BaseModel:
+def cached_base(reference: BaseRef) -> BaseModel:
     """Return a base model without an adapter. A caller that attaches an adapter removes the adapter again.
 
     Raises:
@@ -42,7 +42,7 @@ def lend_base(reference: BaseRef) -> BaseModel:
     return base
 
 
-def lend_with_adapter(
+def cached_base_with_adapter(
     reference: BaseRef, adapter_sha256: str, borrow_folder: Callable[[], AbstractContextManager[Path]]
 ) -> tuple[BaseModel, PeftModel]:
     """Return a base model, and the same with an adapter, which stays on it until the base model is lent again.
@@ -53,14 +53,14 @@ def lend_with_adapter(
         borrow_folder: Gives the adapter's folder. It is called only if another adapter is on the model, or none.
 
     Raises:
-        ConfigError: As of `lend_base`.
+        ConfigError: As of `cached_base`.
         AdapterStateError: The adapter does not fit the base model.
     """
     from deal_core.adapter.state import load_adapter
 
     key = reference, adapter_sha256
     if key not in _attached:
-        base = lend_base(reference)
+        base = cached_base(reference)
         with borrow_folder() as folder:
             _attached[key] = load_adapter(base.model, folder)
     return _loaded[reference.source, reference.quantize], _attached[key]

@@ -27,7 +27,7 @@ from infra.store.base import ObjectStore
 from infra.store.keys import INBOX
 from infra.store.local import FileStore
 from infra.versions import Version
-from tasks.base import lend_base, lend_with_adapter
+from tasks.base import cached_base, cached_base_with_adapter
 from tasks.context import only_process
 from tasks.lineage.history import find_version
 from tasks.lineage.model_card import served_task
@@ -76,7 +76,7 @@ def predict(store: ObjectStore, text: str, *, lineage: str, task: str | None, ve
     asked = Asked.find(store, lineage, task, version)
     schema, served = asked.known.schema, served_task(asked.known)
     text = served.readable(text, "The question")
-    base = lend_base(asked.record.base)
+    base = cached_base(asked.record.base)
     with borrowed_adapter(store, asked.info) as folder, adapter_on(base.model, folder) as model:
         (answer,) = answer_inputs(model, base.tokenizer, served, [text])
         logits = first_answer_logits(
@@ -238,7 +238,7 @@ def _alone(output: Path) -> Iterator[None]:
 
 def answering(store: ObjectStore, asked: Asked) -> AnswerInputs:
     """Return a function from inputs to answers: the base model with the version's adapter, which stays on it."""
-    base, model = lend_with_adapter(
+    base, model = cached_base_with_adapter(
         asked.record.base, asked.info.adapter_sha256, lambda: borrowed_adapter(store, asked.info)
     )
     task = served_task(asked.known)

@@ -31,7 +31,7 @@ from infra.launch import is_in_this_process, launch_job
 from infra.serving.evaluation import evaluation_engine
 from infra.settings import HomeSettings, LaunchSettings
 from infra.store.base import ObjectStore
-from tasks.base import lend_base, lend_tokenizer, release_base
+from tasks.base import cached_base, lend_tokenizer, release_base
 from tasks.lineage.frozen_rows import Answers, TestSet
 from tasks.progress import advance
 from tasks.references import BaseRef
@@ -98,7 +98,7 @@ class Scorer:
     ) -> None:
         self._store = store
         self._base = base
-        self._engine = evaluation_engine(store, partial(lend_base, base))
+        self._engine = evaluation_engine(store, partial(cached_base, base))
         is_alone = processes is None or self._engine is not None or is_in_this_process(processes.number)
         self._processes = None if is_alone else processes
         self._report = advance(stage)
@@ -139,14 +139,14 @@ class Scorer:
             self.num_rows[test_set.schema.name] = evaluation.num_rows
             answers[test_set.schema.name] = dict(zip(test_set.rows["sha256"], evaluation.answers, strict=True))
             if explain and collapsed(evaluation.labels) is not None:
-                with adapter_on(lend_base(self._base).model, adapter_folder) as model:
+                with adapter_on(cached_base(self._base).model, adapter_folder) as model:
                     costs[test_set.schema.name] = self._recentred_accuracy(model, test_set)
         return Scored(evaluations, answers, on_english, costs)
 
     def _alone(self, adapter_folder: Path | None, sets: Sequence[TestSet], general: bool) -> _Found:
         """Let this process answer, or the engine."""
         on_engine = self._engine.answering(adapter_folder) if self._engine else nullcontext()
-        with adapter_on(lend_base(self._base).model, adapter_folder) as model, on_engine as answer:
+        with adapter_on(cached_base(self._base).model, adapter_folder) as model, on_engine as answer:
             evaluations = {
                 test_set.schema.name: evaluate_task(
                     model,
@@ -205,7 +205,7 @@ class Scorer:
         """Score one adapter (None: the untouched base model) on suites of general ability: the score of each row."""
         self._total += sum(map(len, suites))
         on_engine = self._engine.answering(adapter_folder) if self._engine else nullcontext()
-        with adapter_on(lend_base(self._base).model, adapter_folder) as model, on_engine as answer:
+        with adapter_on(cached_base(self._base).model, adapter_folder) as model, on_engine as answer:
             return {
                 suite.name: suite.score(model, self._tokenizer, answer, partial(self._advance, suite.name))
                 for suite in suites
@@ -229,7 +229,7 @@ class Scorer:
         """
         if self._processes is not None:
             return None
-        with adapter_on(lend_base(self._base).model, adapter_folder) as model:
+        with adapter_on(cached_base(self._base).model, adapter_folder) as model:
             return divergence_from_base(model, self._tokenizer, test_set, test_set.rows)
 
     def prove(self, adapter_folder: Path, tasks: Sequence[ServedTask]) -> Proof | None:
@@ -238,7 +238,7 @@ class Scorer:
         None: other processes answer, and the base model is not loaded into this one. Or no engine serves adapters on
         it.
         """
-        base = None if self._processes is not None else lend_base(self._base)
+        base = None if self._processes is not None else cached_base(self._base)
         if base is None or base.kind == "seq2seq":
             return None
         with adapter_on(base.model, adapter_folder) as model:

@@ -86,7 +86,7 @@ from deal_core.strategies.rehearsal import RehearsedRow
 from deal_core.training.train import TrainingSetup, train_adapter
 from infra.report.figures import COLOURS, MARKERS, MUTED, new_figure, save_png, tidy
 from tasks.adaptation.run import identify_base
-from tasks.base import lend_base
+from tasks.base import cached_base
 
 CELLS = RESULTS / "memory"
 FREE_TEXT = CELLS / "free_text"
@@ -342,7 +342,7 @@ def chain(
 ) -> None:
     """Learn the nine tasks one after another, and keep and score every version."""
     disable_progress_bars()
-    tasks, base, names = read_tasks(data), lend_base(identify_base(DEFAULT_BASE)), ORDERS[order]
+    tasks, base, names = read_tasks(data), cached_base(identify_base(DEFAULT_BASE)), ORDERS[order]
     folder = work / f"chain-{order}-{seed}-{arm}-{kept}"
     settings = {"design": "chain", "order": order, "seed": seed, "arm": arm, "kept": kept, "parent": None}
     folder.mkdir(parents=True, exist_ok=True)
@@ -370,7 +370,7 @@ def fork(
     """Learn the last task of a chain again, from the version before it."""
     disable_progress_bars()
     parent = json.loads((work / chain / "settings.json").read_text())
-    tasks, base, names = read_tasks(data), lend_base(identify_base(DEFAULT_BASE)), ORDERS[parent["order"]]
+    tasks, base, names = read_tasks(data), cached_base(identify_base(DEFAULT_BASE)), ORDERS[parent["order"]]
     seed = parent["seed"] if seed is None else seed
     folder = work / f"fork-{parent['order']}-{seed}-{arm}-{kept}-of-{parent['seed']}-{parent['arm']}-{parent['kept']}"
     settings = {**parent, "design": "fork", "seed": seed, "arm": arm, "kept": kept, "parent": parent}
@@ -488,7 +488,7 @@ def score_command(
     """Print the figures of every cell; first score what is trained and not scored, if folders are given."""
     if data is not None and work is not None:
         disable_progress_bars()
-        tasks, base = read_tasks(data), lend_base(identify_base(DEFAULT_BASE))
+        tasks, base = read_tasks(data), cached_base(identify_base(DEFAULT_BASE))
         for path in sorted(work.glob("*/settings.json")):
             settings, trained = json.loads(path.read_text()), versions_of(path.parent)
             if trained and trained[-1].name == str(len(ORDERS[settings["order"]]) - 1):

@@ -27,7 +27,7 @@ from infra.store.base import ObjectStore
 from infra.store.format import write_format
 from infra.store.opening import open_store
 from infra.versions import Version, Versions
-from tasks.base import lend_base, load, refuse_what_cannot_fit
+from tasks.base import cached_base, load, refuse_what_cannot_fit
 from tasks.context import work_folder
 from tasks.lineage.choices import choose_base, settings_of
 from tasks.lineage.consolidation import ConsolidationPlan
@@ -263,7 +263,7 @@ def start_run(adaptation: AdaptationRun) -> None:
     store, base = open_store(), adaptation.base
     write_format(store)  # before anything of a version, so that the store is known as one of this release
     with failing(store, RunJournal(store).start(adaptation.run)):
-        keep_fingerprint(store, base.sha256, base.quantize, partial(lend_base, base))  # for deal serve --engine
+        keep_fingerprint(store, base.sha256, base.quantize, partial(cached_base, base))  # for deal serve --engine
         if adaptation.parent is not None and adaptation.parent_folder is not None:
             shutil.rmtree(adaptation.parent_folder, ignore_errors=True)  # an earlier try may have left it incomplete
             fetch_adapter(store, adaptation.parent, adaptation.parent_folder)

@@ -19,7 +19,7 @@ from infra.store.base import ObjectStore
 from infra.store.opening import open_store
 from tasks.adaptation.consolidate import gather_rows
 from tasks.adaptation.run import STAGE, AdaptationRun
-from tasks.base import lend_base, release_base
+from tasks.base import cached_base, release_base
 from tasks.lineage.datasets import read_manifest
 from tasks.mlflow_mirror import LiveCurve
 from tasks.progress import advance, staged
@@ -178,7 +178,7 @@ def _choose(adaptation: AdaptationRun, setup: TrainingSetup, rows_file: Path) ->
     chosen = choose_rows(
         rows,
         setup,
-        lambda: lend_base(adaptation.base),
+        lambda: cached_base(adaptation.base),
         parent_folder=adaptation.parent_folder,
         journal=adaptation.folder / SELECTION_FILE,
         on_progress=lambda done, total: report(done, total, "choosing rows"),
@@ -192,7 +192,7 @@ def _train(store: ObjectStore, training: TrainingJob, adaptation: AdaptationRun,
     from deal_core.training.train import TrainingResult
 
     if is_in_this_process(training.num_processes):
-        result = training.run(lend_base(adaptation.base), on_message)
+        result = training.run(cached_base(adaptation.base), on_message)
         assert isinstance(result, TrainingResult)
         return result
     release_base()  # rank 0 needs the memory of this device

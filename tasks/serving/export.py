@@ -25,7 +25,7 @@ from infra.serving.version_files import fetch_version
 from infra.settings import HomeSettings
 from infra.store.base import ObjectStore, temporary_folder
 from infra.versions import Version, Versions, descent
-from tasks.base import lend_base, release_base, require_base
+from tasks.base import cached_base, release_base, require_base
 from tasks.lineage.frozen_rows import first_rows, load_test_set
 from tasks.lineage.history import find_version, rejected_by_person
 from tasks.lineage.model_card import NOT_STATED, example_rows, served_task, served_version
@@ -244,7 +244,7 @@ def _write_peft(
     from deal_core.adapter.state import adapter_on
 
     peft_folder(store, info, folder)
-    base = lend_base(record.base)
+    base = cached_base(record.base)
     with borrowed_adapter(store, info) as adapter, adapter_on(base.model, adapter) as model:
         served = _logits(model, base.tokenizer, prompts)
     plain = PeftModel.from_pretrained(base.model, folder)

@@ -13,14 +13,14 @@ from deal_core.adapter.files import MethodState
 from deal_core.adapter.state import attach_adapter, save_adapter
 from deal_core.config import AdapterConfig
 from tasks.adaptation.run import identify_base
-from tasks.base import lend_base, lend_with_adapter, release_base
+from tasks.base import cached_base, cached_base_with_adapter, release_base
 
 
 @pytest.mark.usefixtures("home")
 def test_an_adapter_stays_until_the_base_model_is_lent_again(tiny_base: Path, tmp_path: Path) -> None:
     reference = identify_base(str(tiny_base))
     for name in ("a", "b"):
-        new = attach_adapter(lend_base(reference).model, AdapterConfig(), seed=1)
+        new = attach_adapter(cached_base(reference).model, AdapterConfig(), seed=1)
         save_adapter(new, tmp_path / name, MethodState(strategy="seq_lora", stores="nothing"), base_name="tiny")
         new.unload()
     borrowed: list[str] = []
@@ -31,10 +31,10 @@ def test_an_adapter_stays_until_the_base_model_is_lent_again(tiny_base: Path, tm
             borrowed.append(name)
             yield tmp_path / name
 
-        return lend_with_adapter(reference, name, folder)[1]
+        return cached_base_with_adapter(reference, name, folder)[1]
 
     def adapters() -> set[str]:
-        return {name for name, _ in lend_base(reference).model.named_parameters() if "lora" in name}
+        return {name for name, _ in cached_base(reference).model.named_parameters() if "lora" in name}
 
     try:
         first = lend("a")

@@ -33,7 +33,7 @@ def small(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> B
     monkeypatch.setattr(memory, "NUM_ROWS", 24)
     monkeypatch.setattr(memory, "PARTS", {"dev": ("test", 0, 6), "unused": ("train", 24, 32)})
     monkeypatch.setattr(memory, "identify_base", lambda source: None)
-    monkeypatch.setattr(memory, "lend_base", lambda reference: base)
+    monkeypatch.setattr(memory, "cached_base", lambda reference: base)
     write_tasks(tmp_path, LABELS, num_train=40, num_test=12)
     return base
 

@@ -9,7 +9,7 @@ import pytest
 
 from infra.store.opening import open_store
 from tasks.adaptation.run import find_repeat, identify_base
-from tasks.base import lend_base
+from tasks.base import cached_base
 from tasks.references import DatasetRef
 from tests.stored_versions import move, put_version, version
 
@@ -45,5 +45,5 @@ def test_a_base_model_is_lent_with_the_quantization_of_its_run(monkeypatch: pyte
 
     monkeypatch.setattr("tasks.adaptation.run.load", load)
     monkeypatch.setattr("tasks.base.load", load)
-    lend_base(identify_base("a model", "4bit"))
+    cached_base(identify_base("a model", "4bit"))
     assert loaded == ["4bit", "4bit"]
