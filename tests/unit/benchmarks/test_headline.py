@@ -111,7 +111,8 @@ def test_the_claim_says_who_is_better_or_that_no_difference_was_found(gains: Seq
     line = claim({"deal": ours, "replay": theirs, "retrain": [cell("joint", "", full, full, seed=0)]})
     end = 50 + 10 * sum(gains) / len(gains)
     assert line.startswith(
-        f"After 2 arrivals `deal` ends at {end:.1f} % accuracy, replay of the same rows at 50.0 %, and retraining on "
+        "`deal` is replay with a conservative update inspired by DEAL. "
+        f"After 2 arrivals it ends at {end:.1f} % accuracy, replay of the same rows at 50.0 %, and retraining on "
         "all rows at 100.0 %. "
     )
     assert says in line and "\n" not in line

@@ -138,8 +138,8 @@ def test_what_changes_the_result_makes_another_run(change: dict[str, Any]) -> No
 
 def test_adapter_and_strategy_make_another_run() -> None:
     others = [
-        run_of({}, AdapterConfig(rank=8)),
-        run_of({}, AdapterConfig(rslora=True)),
+        run_of({}, rank=8),
+        run_of({}, rslora=True),
         run_of({}, strategy="seq_lora"),
     ]
     assert len({run_of({}), *others}) == 4
