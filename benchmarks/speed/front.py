@@ -13,7 +13,7 @@ Two versions of a tiny base model are learned, whose answers differ. One vLLM se
   takes turns too.
 - moves: 32 clients ask while two versions are promoted, one is rolled back and one is tried as a canary. An answer is
   right if it is what the version that it names gives alone.
-- left: a client goes away from a stream of 400 tokens. The figure is the time until the engine runs no request.
+- left: a client goes away from a stream of 250 tokens. The figure is the time until the engine runs no request.
 - streams: 1,000 streams are open at once. The figure is the memory of the front and its children, shared pages counted
   once.
 - end: Ctrl-C while 32 clients ask. The figure is the time until the process ends.
@@ -222,12 +222,16 @@ def num_running(engine: RealEngine) -> float:
 
 def measure_left(url: str, engine: RealEngine, rounds: int) -> dict[str, Any]:
     """A client leaves a long stream: seconds until the engine runs nothing."""
-    body = {"model": f"{LINEAGE}/bank", "prompt": "x", "max_tokens": 400, "temperature": 2.0, "stream": True}
+    body = {"model": f"{LINEAGE}/bank", "prompt": "x", "max_tokens": 250, "temperature": 2.0, "stream": True}
     took = []
     for _ in range(rounds):
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=WAIT_SECONDS) as answer:
+            answer.raise_for_status()
             next(answer.iter_lines())
-            assert num_running(engine) == 1, "it is answering"
+            deadline = time.monotonic() + WAIT_SECONDS
+            while not num_running(engine):  # its metrics follow its work
+                assert time.monotonic() < deadline, "the engine runs the request"
+                time.sleep(0.01)
         begun = time.monotonic()
         while num_running(engine):
             time.sleep(0.01)
