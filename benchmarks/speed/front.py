@@ -13,7 +13,6 @@ Two versions of a tiny base model are learned, whose answers differ. One vLLM se
   takes turns too.
 - moves: 32 clients ask while two versions are promoted, one is rolled back and one is tried as a canary. An answer is
   right if it is what the version that it names gives alone.
-- left: a client goes away from a stream of 250 tokens. The figure is the time until the engine runs no request.
 - streams: 1,000 streams are open at once. The figure is the memory of the front and its children, shared pages counted
   once.
 - end: Ctrl-C while 32 clients ask. The figure is the time until the process ends.
@@ -24,7 +23,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -42,7 +40,7 @@ import psutil
 import typer
 
 from benchmarks.output import RESULTS, Out, write_result
-from benchmarks.speed.real_engine import RealEngine, running_engine
+from benchmarks.speed.real_engine import running_engine
 from benchmarks.speed.serving import (
     LINEAGE,
     Clients,
@@ -213,39 +211,12 @@ def measure_moves(url: str, expected: Expected, seconds: float) -> dict[str, Any
     }
 
 
-def num_running(engine: RealEngine) -> float:
-    """The requests that the engine works on or keeps waiting."""
-    metrics = httpx.get(f"{engine.url}/metrics", timeout=WAIT_SECONDS).text
-    values = re.findall(r"^vllm:num_requests_(?:running|waiting)\{.*\} ([\d.]+)$", metrics, re.MULTILINE)
-    return sum(map(float, values))
-
-
-def measure_left(url: str, engine: RealEngine, rounds: int) -> dict[str, Any]:
-    """A client leaves a long stream: seconds until the engine runs nothing."""
-    body = {"model": f"{LINEAGE}/bank", "prompt": "x", "max_tokens": 250, "temperature": 2.0, "stream": True}
-    took = []
-    for _ in range(rounds):
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=WAIT_SECONDS) as answer:
-            answer.raise_for_status()
-            next(answer.iter_lines())
-            deadline = time.monotonic() + WAIT_SECONDS
-            while not num_running(engine):  # its metrics follow its work
-                assert time.monotonic() < deadline, "the engine runs the request"
-                time.sleep(0.01)
-        begun = time.monotonic()
-        while num_running(engine):
-            time.sleep(0.01)
-        took.append(time.monotonic() - begun)
-    median, longest = statistics.median(took), max(took)
-    return {"num_rounds": rounds, "median_seconds": round(median, 3), "max_seconds": round(longest, 3)}
-
-
 def measure_streams(url: str, process: psutil.Process) -> dict[str, Any]:
     """Open 1,000 streams, and read them when all are open."""
     memory = Memory(process)
     before = sum(each.memory_full_info().pss for each in (process, *process.children(recursive=True)))
     opened, ended = 0, 0
-    body = {"model": f"{LINEAGE}/bank", "prompt": "x", "max_tokens": 100, "temperature": 2.0, "stream": True}
+    body = {"model": f"{LINEAGE}/bank", "prompt": "x", "max_tokens": 20, "temperature": 2.0, "stream": True}
 
     async def read(client: httpx.AsyncClient, all_open: asyncio.Event) -> None:
         nonlocal opened, ended
@@ -346,7 +317,6 @@ def measure(
                 old_url, old_process = other.enter_context(served_from(old.resolve(), environment))
                 targets["old"] = Target(old_url, asked, psutil.Process(old_process.pid))
             note("load", measure_load(targets, seconds, rounds))
-        note("left", measure_left(url, engine, rounds))
         note("streams", measure_streams(url, psutil.Process(process.pid)))
         note("moves", measure_moves(url, expected, moving))
         note("end_seconds", measure_end(url, expected, process))

@@ -30,6 +30,11 @@ def count(folder: str) -> Callable[[], int]:
     return lambda: len([info for info in open_store().list(f"{folder}/l") if info.key.endswith(".json")])
 
 
+def adapters() -> dict[str, str]:
+    """The digest of each version's adapter."""
+    return {version.version: version.adapter_sha256 for version in Versions(open_store()).all("l")}
+
+
 def kill_at(home: Path, words: tuple[str, ...], is_reached: Callable[[], bool]) -> None:
     """Start a command in a home, and kill it once it has reached a point."""
     log = home.parent / "killed.log"
@@ -69,15 +74,15 @@ def test_it_ends_as_if_it_had_not_been_killed(
 
     for counted, number in points:
         kill_at(home, words, lambda counted=counted, number=number: counted() >= number)
-    result = deal(home, *words, MLFLOW_TRACKING_URI=NO_MLFLOW)
-    after, numbers = adapter(champion()), [version.version for version in Versions(open_store()).all("l")]
+    if Branches(open_store()).open("l") is not None:  # else the last kill came after the branch's end
+        deal(home, *words, MLFLOW_TRACKING_URI=NO_MLFLOW)
+    after, versions = adapter(champion()), adapters()
     moves = [move.champion for move in PromotionLog(open_store()).moves("l")]
-    assert result["champion"] == champion().version == moves[-1]
+    assert champion().version == moves[-1]
     assert Branches(open_store()).open("l") is None
 
     monkeypatch.setenv("DEAL_HOME", str(untouched))
-    whole = deal(untouched, *words, MLFLOW_TRACKING_URI=NO_MLFLOW)
+    deal(untouched, *words, MLFLOW_TRACKING_URI=NO_MLFLOW)
     assert adapter(champion()) == after
-    assert [version.version for version in Versions(open_store()).all("l")] == numbers, "none was learned twice"
+    assert adapters() == versions, "none was learned twice"
     assert [move.champion for move in PromotionLog(open_store()).moves("l")] == moves
-    assert [made["adapter_sha256"] for made in result["made"]] == [made["adapter_sha256"] for made in whole["made"]]
