@@ -52,9 +52,9 @@ class FakeVllm:
         self.is_full = False
         """Whether every completion is answered with 503."""
         self.broken: dict[str, int] = {}
-        """Model → number of pieces after which its completions fail."""
+        """Model → number of tokens after which its completions fail."""
         self.pace: dict[str, threading.Event] = {}
-        """Model → an event, before which only the first piece of a completion comes."""
+        """Model → an event, before which only the first token of a completion is made."""
         self.slow_seconds = 0.0
         """How long the load of an adapter takes, and the look at a prompt's probabilities."""
         self.end_after: int | None = None
@@ -81,6 +81,8 @@ class FakeVllm:
     def stop(self) -> None:
         """End at once, as a killed server does: connections break, and adapters are lost."""
         if self._server is not None:
+            for connection in [*self._server.server_state.connections]:
+                self._server.servers[0].get_loop().call_soon_threadsafe(connection.transport.abort)
             self._server.should_exit = self._server.force_exit = True
             self._thread.join(WAIT_SECONDS)
             self._server = None
@@ -146,7 +148,7 @@ class FakeVllm:
     async def _complete(self, request: Request) -> Response:
         body = await request.json()
         name = body["model"]
-        self.calls.append(("ask" if body.get("stream") else "score", name))
+        self.calls.append(("score" if body.get("allowed_token_ids") else "ask", name))
         self.bodies.append(body)
         if refused := self._refusal(request):
             return refused
@@ -164,9 +166,33 @@ class FakeVllm:
             return _error(400, f"Token id {unknown[0]} is out of vocabulary")
         if body.get("stream"):
             return StreamingResponse(self._events(name, body, prompts), media_type="text/event-stream")
-        await asyncio.sleep(self.slow_seconds)
-        choice = await run_in_threadpool(next, self._pieces(name, body, prompts))
-        return JSONResponse({"object": "text_completion", "model": name, "choices": [choice]})
+        if body.get("allowed_token_ids"):
+            await asyncio.sleep(self.slow_seconds)
+        return await self._whole(request, name, body, prompts)
+
+    async def _whole(self, request: Request, name: str, body: dict[str, Any], prompts: list[list[int]]) -> Response:
+        """The answers of a request without `stream`, each in one piece."""
+        pieces, whole, num_made = self._pieces(name, body, prompts), dict[int, dict[str, Any]](), 0
+        leaving = asyncio.ensure_future(request.receive())  # after the body only a disconnect can come
+        try:
+            while (piece := await run_in_threadpool(next, pieces, None)) is not None:
+                if self.broken.get(name) == num_made:
+                    return _error(500, "the engine broke")
+                num_made += 1
+                while not leaving.done() and name in self.pace and not self.pace[name].is_set():
+                    await asyncio.sleep(0.002)
+                if leaving.done():
+                    self.num_left += 1
+                    return Response()
+                so_far = whole.setdefault(piece["index"], piece)
+                if so_far is not piece:
+                    so_far |= {"text": so_far["text"] + piece["text"], "finish_reason": piece["finish_reason"]}
+                    for kind, values in (piece["logprobs"] or {}).items():
+                        so_far["logprobs"][kind] += values
+        finally:
+            leaving.cancel()
+        used = {"prompt_tokens": sum(map(len, prompts)), "completion_tokens": num_made}
+        return JSONResponse({"object": "text_completion", "model": name, "choices": [*whole.values()], "usage": used})
 
     async def _events(self, name: str, body: dict[str, Any], prompts: list[list[int]]) -> AsyncIterator[str]:
         pieces, num_sent, is_done = self._pieces(name, body, prompts), 0, False

@@ -92,7 +92,7 @@ class Target:
 
 
 def bodies_for_engine(url: str, adapter: str, texts: Sequence[str]) -> list[dict[str, Any]]:
-    """What the front sends for each text: as many tokens, as a stream with log-probabilities."""
+    """What the front sends for each text: as many tokens, with log-probabilities."""
     bodies = []
     for text in texts:
         asked = {"model": f"{LINEAGE}/bank", "prompt": text}
@@ -107,7 +107,6 @@ def bodies_for_engine(url: str, adapter: str, texts: Sequence[str]) -> list[dict
                 "ignore_eos": True,
                 "logprobs": 20,
                 "logprob_token_ids": list(range(6)),
-                "stream": True,
             }
         )
     return bodies

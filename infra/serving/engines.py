@@ -33,7 +33,7 @@ from deal_core.base_model.sources import tokenizer_folder
 from deal_core.base_model.turn_ends import stop_ids, tokens_before_end
 from deal_core.data.prompts import encode_prompt
 from deal_core.errors import ConfigError
-from deal_core.evaluation.answerer import Answered, Choice, GivenUpError, Sampling, given_up, load_base_of
+from deal_core.evaluation.answerer import Answered, Choice, GivenUpError, Pieces, Sampling, given_up, load_base_of
 from deal_core.evaluation.answering import InputRow, ServedTask, ServedVersion, read_served
 from deal_core.evaluation.generation import answer_limit, confidence_of, first_tokens
 from deal_core.evaluation.proof import Proof, read_proof
@@ -572,23 +572,36 @@ class Completion:
 
     async def take(self, client: EngineClient, places: Sequence[int]) -> None:
         """Let an engine answer some rows, all of one task."""
-        async with aclosing(client.complete(await self._body(places))) as pieces:
-            async for piece in pieces:
-                if not isinstance(piece, Piece):
-                    self._tokens.update({name: piece[name] for name in ("prompt_tokens", "completion_tokens")})
-                    continue
-                place, number = divmod(piece.place, self._num)
-                index = places[place] * self._num + number
-                self._parts[index].append(piece)
-                if self.pieces is not None:
-                    self.pieces.have_come = True
-                    choice = self._choice(index, [piece])
-                    if not any(part.text.strip() for part in self._parts[index][:-1]):  # an answer begins with a word
-                        choice = choice._replace(text=choice.text.lstrip())
-                    await self.pieces.send(choice, self.version.served, self.version.number)
+        body = await self._body(places)
+        if self.pieces is None:
+            for piece in await client.complete(body):
+                self._keep(piece, places)
+        else:
+            async with aclosing(client.stream(body)) as pieces:
+                async for piece in pieces:
+                    if (index := self._keep(piece, places)) is not None:
+                        await self._send(index, self.pieces)
         lacking = [place for place in places if not self._parts[place * self._num]]
         if lacking:
             raise EngineError(f"The engine at {client.shown} gave {len(lacking)} of {len(places)} rows no answer.")
+
+    def _keep(self, piece: Piece | Mapping[str, int], places: Sequence[int]) -> int | None:
+        """Keep a piece, and return the number of its answer; None: it was the numbers of tokens."""
+        if not isinstance(piece, Piece):
+            self._tokens.update({name: piece[name] for name in ("prompt_tokens", "completion_tokens")})
+            return None
+        place, number = divmod(piece.place, self._num)
+        index = places[place] * self._num + number
+        self._parts[index].append(piece)
+        return index
+
+    async def _send(self, index: int, pieces: Pieces) -> None:
+        """Send the client the last piece of an answer."""
+        pieces.have_come = True
+        choice = self._choice(index, self._parts[index][-1:])
+        if not any(part.text.strip() for part in self._parts[index][:-1]):  # an answer begins with a word
+            choice = choice._replace(text=choice.text.lstrip())
+        await pieces.send(choice, self.version.served, self.version.number)
 
     def finished(self) -> Answered:
         """Return the answers. The first one of each row is the one that the prediction log gets."""

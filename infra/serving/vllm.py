@@ -24,6 +24,8 @@ from infra.settings import EngineSettings, host_of
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 300.0
 """Longest wait for the next piece of an answer. A full engine lets requests wait."""
+WHOLE_SECONDS = 3600.0
+"""Longest wait for whole answers, to as many rows as an evaluation asks for at once. The front gives up earlier."""
 KEEP_ALIVE_SECONDS = 3.0
 """Time for which an idle connection is used again. A vLLM server closes it after 5 s."""
 FIRST_PAUSE_SECONDS = 0.5
@@ -155,10 +157,23 @@ class EngineClient:
             if name in await self.models():
                 raise
 
-    async def complete(self, body: Mapping[str, Any]) -> AsyncGenerator[Piece | Mapping[str, int], None]:
+    async def complete(self, body: Mapping[str, Any]) -> list[Piece | Mapping[str, int]]:
+        """Return the answers to a body of /v1/completions, a piece each, then the numbers of tokens.
+
+        Cancelling the task ends the connection; the engine then gives the request up.
+        """
+        with self._connected():
+            timeout = httpx.Timeout(WHOLE_SECONDS, connect=CONNECT_SECONDS)
+            more = {"return_tokens_as_token_ids": True}
+            answer = await self._client.post("/v1/completions", json={**body, **more}, timeout=timeout)
+            self._require_success(answer, f"ask {body['model']}", "/v1/completions")
+        return self._read_event(answer.content)
+
+    async def stream(self, body: Mapping[str, Any]) -> AsyncGenerator[Piece | Mapping[str, int], None]:
         """Yield the pieces of the answers to a body of /v1/completions as they come, then the numbers of tokens.
 
-        Closing the generator, or cancelling the task, ends the connection; the engine then gives the request up.
+        Closing the generator, or cancelling the task, ends the connection; the engine then gives the request up. Each
+        event of the engine costs processor time here, so `complete` is for who needs no pieces.
         """
         more = {"stream": True, "stream_options": {"include_usage": True}, "return_tokens_as_token_ids": True}
         with self._connected():
@@ -172,8 +187,8 @@ class EngineClient:
                         for part in self._read_event(data):
                             yield part
 
-    def _read_event(self, data: str) -> list[Piece | Mapping[str, int]]:
-        """Return the pieces of one event of a stream, or the numbers of tokens."""
+    def _read_event(self, data: str | bytes) -> list[Piece | Mapping[str, int]]:
+        """Return the pieces of a whole answer or of one event of a stream, and the numbers of tokens if it has them."""
         try:
             event = json.loads(data)
             if "error" in event:

@@ -62,7 +62,9 @@ def test_an_engine_ends_an_answer_where_the_base_models_turn_ends(
         assert engine is not None
         with engine.answering(None) as answer:
             given = answer(task, inputs, None)
-    assert {body["ignore_eos"] for body in fake.bodies if body.get("stream")} == {True}
-    assert all(body["stop_token_ids"] == stop_ids(base.tokenizer) for body in fake.bodies if body.get("stream"))
+    assert {body["ignore_eos"] for body in fake.bodies if "allowed_token_ids" not in body} == {True}
+    assert all(
+        body["stop_token_ids"] == stop_ids(base.tokenizer) for body in fake.bodies if "allowed_token_ids" not in body
+    )
     here = answer_inputs(base.model, base.tokenizer, task, inputs)
     assert [(row.text, row.is_cut) for row in given] == [(row.text, row.is_cut) for row in here] == [("yes", False)] * 2

@@ -31,13 +31,13 @@ def call(address: str, method: str, *args: Any, max_attempts: int = 1) -> Any:
 
 
 def pieces_of(address: str) -> list[Any]:
-    """Complete ASKED. The last one may be an error."""
+    """What a stream of ASKED gives. The last one may be an error."""
 
     async def run() -> list[Any]:
         pieces: list[Any] = []
         async with EngineClient(address, EngineSettings()) as client:
             try:
-                async for piece in client.complete(ASKED):
+                async for piece in client.stream(ASKED):
                     pieces.append(piece)  # noqa: PERF401  # those before an error count
             except EngineError as error:
                 pieces.append(error)
@@ -171,6 +171,21 @@ def test_pieces_of_a_stream_are_read(server: str) -> None:
     Handler.answers["/v1/completions"] = [(400, refusal("temperature must be"))]
     (error,) = pieces_of(server)
     assert "did not ask a: temperature must be" in str(error) and error.status == 400
+
+
+def test_whole_answers_come_in_one_piece_each(server: str) -> None:
+    logged = {"tokens": ["token_id:7", "token_id:8"], "token_logprobs": [-0.5, -1.0], "top_logprobs": [{}, {}]}
+    choice = {"index": 0, "text": " a b", "logprobs": logged, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 2, "completion_tokens": 2}
+    Handler.answers["/v1/completions"] = [(200, json.dumps({"choices": [choice], "usage": usage}))]
+    assert call(server, "complete", ASKED) == [Piece(0, " a b", [7, 8], [-0.5, -1.0], [{}, {}], "stop"), usage]
+    assert Handler.asked[-1][1] == {**ASKED, "return_tokens_as_token_ids": True}
+    Handler.answers["/v1/completions"] = [(200, json.dumps({"choices": [{}]}))]
+    with pytest.raises(EngineError, match="gave no completion as vLLM does"):
+        call(server, "complete", ASKED)
+    Handler.answers["/v1/completions"] = [(500, refusal("it broke"))]
+    with pytest.raises(EngineError, match="did not ask a: it broke"):
+        call(server, "complete", ASKED)
 
 
 def test_the_probability_of_a_token_is_that_of_a_request_which_allows_no_other(server: str) -> None:
