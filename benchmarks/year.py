@@ -122,7 +122,7 @@ def run(
                 "event": None if isinstance(step, Arrival) else step.name,
                 "status": answer.get("status"),
                 "reasons": answer.get("reasons", []),
-                "message": answer.get("message"),
+                "message": (answer.get("message") or "").replace(f"{Path.cwd()}/", ""),
                 "dataset": answer["dataset"]["sha256"] if isinstance(step, Arrival) else None,
                 "arrival": answer.get("arrival"),
                 "champion": champion,

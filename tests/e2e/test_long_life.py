@@ -1,6 +1,6 @@
 """A long life: six arrivals by a schedule, a poisoned one, rows to unlearn, a consolidation and another base model.
 
-The story of docs/long_life.md, with a watch and a server that run from its start to its end.
+A watch and a server run from its start to its end.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import httpx
 import pytest
 import tenacity
 
-from benchmarks.long_life import LINEAGE, WORDS_OF, texts_of, write_story
 from benchmarks.output import DEAL
 from benchmarks.speed.serving import served
 from infra.promotions import PromotionLog
@@ -26,6 +25,7 @@ from infra.versions import Version, Versions
 from tasks.lineage.record import read_record
 from tasks.predict import predict_file
 from tests.e2e.command import ROOT, deal
+from tests.long_life import LINEAGE, WORDS_OF, texts_of, write_story
 
 WAIT_SECONDS = 240.0
 NUM_ASKED = 20

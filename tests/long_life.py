@@ -1,7 +1,4 @@
-"""Six small files of support texts, a lineage's settings and two tiny base models: for the tutorial of a long life.
-
-python -m benchmarks.long_life FOLDER
-"""
+"""Six small files of support texts, a lineage's settings and two tiny base models: for tests/e2e/test_long_life.py."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import random
 from collections.abc import Mapping
 from pathlib import Path
 
-import typer
 import yaml
 
 from benchmarks.tiny_base import build_tiny_base
@@ -63,7 +59,3 @@ def write_story(folder: Path) -> None:
     build_tiny_base(folder / "new-base", width=96, seed=2)
     settings = {**SETTINGS, "base_model": str((folder / "base").resolve())}
     (folder / "support.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-
-
-if __name__ == "__main__":
-    typer.run(write_story)
