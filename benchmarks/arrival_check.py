@@ -44,7 +44,7 @@ from deal_core.judging_config import GateConfig
 from deal_core.regular_file import complete_file, sha256_of_file
 
 if TYPE_CHECKING:
-    from deal_core.evaluation.score import TaskEvaluation
+    from deal_core.evaluation.evaluate import TaskEvaluation
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -180,7 +180,7 @@ def ask(
     from deal_core.base_model.sources import DEFAULT_BASE
     from deal_core.config import TrainConfig
     from deal_core.evaluation.answering import ServedTask
-    from deal_core.evaluation.score import evaluate_task
+    from deal_core.evaluation.evaluate import evaluate_task
     from infra.settings import HomeSettings
 
     if threads is not None:
@@ -244,7 +244,7 @@ def run(
     from deal_core.adapter.state import adapter_on
     from deal_core.base_model.load import load_base
     from deal_core.base_model.sources import DEFAULT_BASE
-    from deal_core.evaluation.score import evaluate_task
+    from deal_core.evaluation.evaluate import evaluate_task
     from deal_core.training.train import train_adapter
     from infra.settings import HomeSettings
 

@@ -25,7 +25,7 @@ from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.answering import ServedTask
-from deal_core.evaluation.score import evaluate_task
+from deal_core.evaluation.evaluate import evaluate_task
 from deal_core.general.perplexity import perplexity
 from deal_core.method_config import MethodConfig
 from deal_core.training.train import TrainingSetup

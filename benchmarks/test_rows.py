@@ -81,7 +81,7 @@ def run(
     from deal_core.base_model.load import load_base
     from deal_core.base_model.sources import DEFAULT_BASE
     from deal_core.data.schema import label_key
-    from deal_core.evaluation.score import evaluate_task
+    from deal_core.evaluation.evaluate import evaluate_task
     from deal_core.training.train import train_adapter
     from infra.settings import HomeSettings
 

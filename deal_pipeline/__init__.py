@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from infra.logs import mask_logs
 
 if TYPE_CHECKING:
+    from deal_pipeline.dataframes import frame
     from deal_pipeline.home import Home
     from deal_pipeline.lineage import Lineage
-    from deal_pipeline.tables import frame
 
 __all__ = ["Home", "Lineage", "frame"]
 MODULES = {"Home": "home", "Lineage": "lineage", "frame": "tables"}

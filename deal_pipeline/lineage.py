@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from deal_core.errors import ConfigError
+from deal_pipeline.dataframes import Rows, as_file, as_texts
 from deal_pipeline.home import Home, Show, in_thread, require
-from deal_pipeline.tables import Rows, as_file, as_texts
 
 if TYPE_CHECKING:
     from deal_core.evaluation.accuracy_matrix import AccuracyMatrix

@@ -31,9 +31,10 @@ from tasks.adaptation.general import require_suites
 from tasks.adaptation.ingest import ask_parent, hold_arrival, ingest_again, ingest_arrival
 from tasks.adaptation.promote import promote_version
 from tasks.adaptation.register import register_version
+from tasks.adaptation.repeat import find_repeat
 from tasks.adaptation.report import Findings, report_version
 from tasks.adaptation.resume import changed_since, find_parent, read_findings
-from tasks.adaptation.run import AdaptationRun, failing, find_repeat, load_base, plan_run, remove_work, start_run
+from tasks.adaptation.run import AdaptationRun, failing, load_base, plan_run, remove_work, start_run
 from tasks.adaptation.train import CONSOLIDATION_STRATEGY, train_version
 from tasks.arrival_check import remark_on
 from tasks.lineage.branch import require_no_branch

@@ -21,7 +21,7 @@ from infra.store.opening import open_store
 from infra.versions import Version, Versions, champion_of
 from tasks.adaptation.consolidate import plan_consolidation
 from tasks.adaptation.resume import find_parent, read_findings
-from tasks.arrival_states import is_of
+from tasks.arrival_queue import is_of
 from tasks.inbox import Arrival, InboxLook
 from tasks.lineage.consolidation import ConsolidationPlan, Start, spent_by, why_due
 from tasks.lineage.history import find_version

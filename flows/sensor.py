@@ -28,7 +28,7 @@ from infra.lineage_state import Batch, LineageState, update
 from infra.store.base import ObjectStore
 from infra.store.opening import open_store
 from infra.store.s3 import open_landing_queue
-from tasks.arrival_states import hold, lose, with_run
+from tasks.arrival_queue import hold, lose, with_run
 from tasks.arrivals import claim_next, held_arrivals, plan_now, sense_inbox
 from tasks.inbox import InboxLook, look
 from tasks.lineage.settings import WatchedLineage, list_lineages

@@ -1,7 +1,7 @@
 """Files and folders that land in the inbox are adapted one after another, oldest first, each content once.
 
 A command runs `watch`. On a Prefect server, `flows.sensor` claims what is due and starts `adapt_landed` for it. Both go
-the same way: look at the inbox, claim a batch, learn it, note how that ended; see `tasks.arrival_states`. The section
+the same way: look at the inbox, claim a batch, learn it, note how that ended; see `tasks.arrival_queue`. The section
 `retrain` of a lineage's file says what has to wait.
 """
 
@@ -39,7 +39,7 @@ from infra.settings import InboxSettings
 from infra.store.base import ObjectStore
 from infra.store.keys import INBOX, SUCCESS_FILE, task_of
 from infra.store.opening import open_store
-from tasks.arrival_states import PAUSE, Plan, Result, claim_consolidation, dissolve, open_again, put_back
+from tasks.arrival_queue import PAUSE, Plan, Result, claim_consolidation, dissolve, open_again, put_back
 from tasks.arrivals import claim_next, end_try, plan_now, sense_inbox
 from tasks.inbox import InboxLook, find_landed, look, task_spec
 from tasks.lineage.branch import why_waiting

@@ -38,7 +38,7 @@ def launch_job(
     Raises:
         ConfigError: Ray is not installed.
     """
-    from deal_core.training.ranks import PROGRESS_FILE, run_in_processes, run_launcher
+    from deal_core.training.elastic import PROGRESS_FILE, run_in_processes, run_launcher
 
     settings = LaunchSettings()
     if settings.launch == "ray":

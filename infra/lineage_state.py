@@ -4,7 +4,7 @@ What never changes is an object that is written once: a version, a move of the c
 tombstone, an export. The rest is `lineages/LINEAGE.state.json`, and `update` alone writes it: read, change, write if
 nobody else has written meanwhile, else again with what that has written. So no change is lost.
 
-docs/architecture.md has a picture of an arrival's states, and `tasks.arrival_states` the functions that change them.
+docs/architecture.md has a picture of an arrival's states, and `tasks.arrival_queue` the functions that change them.
 What has ended leaves this object for `arrivals/LINEAGE/YEAR.json`, so this object stays small. An arrival is written
 there first. If the process dies before it leaves this object, its batch tells the next look that it has ended.
 """

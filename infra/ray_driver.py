@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from deal_core.training.ranks import appending, end_with_input
+from deal_core.training.elastic import appending, end_with_input
 from infra.ray_worker import work_for_ray
 from infra.settings import LaunchSettings, StoreSettings
 

@@ -13,7 +13,7 @@ def work_for_ray(config: Mapping[str, Any]) -> None:
 
     An error that was raised on purpose is told and not raised: Ray would try again, and the driver ends the workers.
     """
-    from deal_core.training.ranks import failure_of
+    from deal_core.training.elastic import failure_of
     from infra.stored_job import work_on
 
     send = config["messages"].put

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from deal_core.data.check import RowChecker
 from deal_core.data.reading.readers import read_batches
+from deal_core.data.row_checks import RowChecker
 from deal_core.data.rows import stored_input_digest
 from deal_core.data.schema import REFERENCES, REJECTED, ROW_SCHEMA, TaskSchema, label_key
 from deal_core.data.shapes import recognise

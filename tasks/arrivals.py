@@ -1,6 +1,6 @@
 """The arrivals of a lineage, in the store: looks at the inbox, the ends of tries, and what is held.
 
-`tasks.arrival_states` decides; the functions here read the inbox, count rows, and write the lineage's state.
+`tasks.arrival_queue` decides; the functions here read the inbox, count rows, and write the lineage's state.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from infra.settings import InboxSettings
 from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.store.keys import INBOX, task_of
 from infra.versions import Versions
-from tasks.arrival_states import Plan, Result, claim, ends_of, finish, is_of, judged, let_go, plan, sense
+from tasks.arrival_queue import Plan, Result, claim, ends_of, finish, is_of, judged, let_go, plan, sense
 from tasks.data_files import local_files
 from tasks.inbox import InboxLook
 from tasks.lineage.held import held_by_check, name_of, release_checked

@@ -1,4 +1,4 @@
-"""The inbox: the arrivals that have landed. `tasks.arrival_states` says what becomes of each.
+"""The inbox: the arrivals that have landed. `tasks.arrival_queue` says what becomes of each.
 
 A file at inbox/TASK/FILE is an arrival, and so is a folder at inbox/TASK/FOLDER with all its files. The task file
 `inbox/TASK/task.yaml` and the file or folder of test rows that it names are companions: they belong to the task's

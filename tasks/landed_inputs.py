@@ -10,9 +10,9 @@ from contextlib import suppress
 import pyarrow.parquet as pq
 
 from deal_core.data.chats import earlier_turns
-from deal_core.data.check import RowChecker
 from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.reading.readers import read_batches
+from deal_core.data.row_checks import RowChecker
 from deal_core.data.rows import stored_input_digest
 from deal_core.data.schema import TaskSchema
 from deal_core.data.shapes import recognise

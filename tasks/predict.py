@@ -15,11 +15,11 @@ from pydantic import BaseModel
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.sources import resolve_base
 from deal_core.data.answer_files import in_chunks, output_kind, own_names, survey_rows, writing_answers
-from deal_core.data.check import RowChecker
 from deal_core.data.columns import find_input
 from deal_core.data.prompts import render_prompt
 from deal_core.data.reading.batches import RowList
 from deal_core.data.reading.readers import file_kind, read_rows
+from deal_core.data.row_checks import RowChecker
 from deal_core.errors import ConfigError
 from deal_core.evaluation.generation import GivenAnswer, answer_inputs, counting, first_answer_logits
 from infra.settings import HomeSettings

@@ -16,12 +16,18 @@ from typing import TYPE_CHECKING, Any, cast
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.language_model import LanguageModel
 from deal_core.base_model.turn_ends import stop_ids
+from deal_core.evaluation.evaluate import (
+    TaskEvaluation,
+    confidences_of,
+    count_too_long,
+    evaluate_answers,
+    evaluate_task,
+)
 from deal_core.evaluation.label_scores import label_scores, recentred_accuracy
 from deal_core.evaluation.likelihood import divergence_from_base
 from deal_core.evaluation.metrics import collapsed
 from deal_core.evaluation.proof import Proof, make_proof
 from deal_core.evaluation.report import Scores
-from deal_core.evaluation.score import TaskEvaluation, confidences_of, count_too_long, evaluate_answers, evaluate_task
 from deal_core.general.perplexity import perplexity
 from deal_core.general.suites import Suite
 from deal_core.safe_text import brief

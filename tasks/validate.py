@@ -12,8 +12,8 @@ import pyarrow as pa
 from pydantic import BaseModel
 
 from deal_core.config import TrainConfig
+from deal_core.data.arrow_rows import rows_in
 from deal_core.data.dataset import validate_file
-from deal_core.data.good_rows import rows_in
 from deal_core.data.row_warnings import balance_warning, data_warnings
 from deal_core.data.rows import Row
 from deal_core.data.schema import DatasetManifest, TaskSchema

@@ -23,9 +23,9 @@ from deal_core.base_model.language_model import LanguageModel
 from deal_core.base_model.load import BaseModel
 from deal_core.data.prompts import encode_prompt
 from deal_core.evaluation.answering import ServedTask
+from deal_core.evaluation.evaluate import evaluate_answers, evaluate_task
 from deal_core.evaluation.label_scores import label_log_probs
 from deal_core.evaluation.report import outcome_text
-from deal_core.evaluation.score import evaluate_answers, evaluate_task
 from deal_core.general.perplexity import perplexity
 from deal_core.method_config import MethodConfig
 from deal_core.regular_file import complete_file

@@ -37,7 +37,7 @@ from benchmarks.speed.serving import (
 from benchmarks.tiny_base import build_tiny_base
 from deal_core.base_model.load import load_base
 from deal_core.base_model.sources import DEFAULT_BASE, resolve_base
-from deal_core.evaluation.score import evaluate_task
+from deal_core.evaluation.evaluate import evaluate_task
 from infra.serving.evaluation import evaluation_engine
 from infra.serving.version_files import fetch_version
 from infra.settings import HomeSettings

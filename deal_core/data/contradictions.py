@@ -10,8 +10,8 @@ from itertools import compress
 import numpy as np
 import pyarrow as pa
 
+from deal_core.data.arrow_rows import chosen, digests_in, rows_in
 from deal_core.data.digest_set import DigestSet
-from deal_core.data.good_rows import chosen, digests_in, rows_in
 from deal_core.data.rows import Row, input_parts, preference_digest, row_digests
 from deal_core.data.schema import Contradictions, Split, TaskSchema, label_key
 from deal_core.safe_text import shorten

@@ -19,17 +19,24 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from deal_core.config import DataConfig
+from deal_core.data.arrow_rows import chosen, digests_in, good_rows
 from deal_core.data.chats import earlier_turns
-from deal_core.data.check import Checked, Problems, RowChecker, is_whole_number, numbers_for_labels, too_many_labels
 from deal_core.data.columns import SPLITTING, Columns
 from deal_core.data.contradictions import ContradictionFinder
 from deal_core.data.dataset_files import DatasetFiles, NoFiles
 from deal_core.data.digest_set import Digests, DigestSet, OrderedDigests, StoredDigests, merge_digests
 from deal_core.data.doubts import DoubtFinder
-from deal_core.data.good_rows import chosen, digests_in, good_rows
 from deal_core.data.near_tests import NearTests
 from deal_core.data.reading.batches import RowBatch
 from deal_core.data.reading.readers import read_batches
+from deal_core.data.row_checks import (
+    Checked,
+    Problems,
+    RowChecker,
+    is_whole_number,
+    numbers_for_labels,
+    too_many_labels,
+)
 from deal_core.data.rows import NEAR, BadRow, Problem, Reason, RowTally
 from deal_core.data.schema import SCHEMA_VERSION, DatasetManifest, Split, TaskSchema, label_key
 from deal_core.data.shapes import completed_task, recognise

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deal_core.data.good_rows import digests_in, hex_texts
+from deal_core.data.arrow_rows import digests_in, hex_texts
 from deal_core.data.rows import BadRow, json_text
 from deal_core.data.schema import ROW_SCHEMA, DatasetManifest, Split, TaskSchema, stored_columns
 from deal_core.regular_file import complete_file, sha256_of_file

@@ -9,10 +9,10 @@ from typing import Any
 
 from deal_core.config import PREFERENCE
 from deal_core.data.chats import as_messages
-from deal_core.data.check import list_of_answers
 from deal_core.data.columns import CONVENTIONS, Columns, late_keys, resolve_columns
 from deal_core.data.reading.parsing import FileHead
 from deal_core.data.reading.readers import file_kind, read_head
+from deal_core.data.row_checks import list_of_answers
 from deal_core.data.schema import COLUMNS_OF_FORMAT, PREFERENCE_COLUMNS, TaskSchema
 from deal_core.errors import DataValidationError
 from deal_core.safe_text import listed

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from deal_core.config import Quantize
 from deal_core.data.chats import ROLES, as_messages, normal_calls, role_of
-from deal_core.data.check import normal_input
+from deal_core.data.row_checks import normal_input
 from deal_core.data.schema import TaskSchema, label_key
 from deal_core.errors import AdapterStateError, ConfigError
 from deal_core.safe_text import brief

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from deal_core.base_model.language_model import LanguageModel
+    from deal_core.evaluation.evaluate import AnswerInputs
     from deal_core.evaluation.generation import OnProgress
-    from deal_core.evaluation.score import AnswerInputs
 
 ROWS_FOLDER = Path(__file__).with_name("rows")
 MAX_PROMPT_TOKENS = 1024

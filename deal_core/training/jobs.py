@@ -25,7 +25,7 @@ from deal_core.config import Quantize, Shard
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import DeviceMemoryError
 from deal_core.evaluation.answering import ServedTask
-from deal_core.evaluation.score import Given, given_answers
+from deal_core.evaluation.evaluate import Given, given_answers
 from deal_core.general.perplexity import perplexity
 from deal_core.training.train import KeptSource, TrainingResult, TrainingSetup, train_adapter
 from deal_core.training.trainer import OnCheckpoint

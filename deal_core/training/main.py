@@ -24,8 +24,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from deal_core.base_model.load import load_base
 from deal_core.errors import ConfigError
+from deal_core.training.elastic import LIFELINE, PROGRESS_FILE, appending, end_with_input
 from deal_core.training.jobs import AnswerJob, Send, TrainingJob, read_job
-from deal_core.training.ranks import LIFELINE, PROGRESS_FILE, appending, end_with_input
 from deal_core.training.trainer import OnCheckpoint
 
 

@@ -30,7 +30,7 @@ from infra.store.base import ObjectStore
 from infra.store.keys import INBOX
 from infra.store.opening import open_store
 from infra.versions import Version, Versions, champion_of
-from tasks.arrival_states import is_of
+from tasks.arrival_queue import is_of
 from tasks.arrivals import HeldArrival, held_arrivals, plan_now, sense_inbox
 from tasks.context import lineages_at_work
 from tasks.housekeeping.damage import find_damage

@@ -15,8 +15,8 @@ from deal_core.base_model.load import BaseModel
 from deal_core.errors import ConfigError
 from deal_core.evaluation.answerer import Sampling
 from deal_core.evaluation.answering import ServedTask, ServedVersion
+from deal_core.evaluation.evaluate import AnswerInputs
 from deal_core.evaluation.generation import GivenAnswer, OnProgress
-from deal_core.evaluation.score import AnswerInputs
 from deal_core.safe_text import holds_secret
 from infra.fingerprints import keep_fingerprint
 from infra.serving.engines import Completion, OnEngine, adapter_digest, adapter_folder, copy_adapter, require_base

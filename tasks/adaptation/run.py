@@ -14,7 +14,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from prefect import runtime, task
+from prefect import task
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel
 
@@ -168,30 +168,6 @@ class AdaptationRun(BaseModel, frozen=True, extra="forbid"):
     def parent_folder(self) -> Path | None:
         """The copy of the parent's adapter on this machine that `start_run` makes; None without a parent."""
         return self.folder / "parent" if self.parent else None
-
-
-def find_repeat(store: ObjectStore, dataset: DatasetRef, lineage: str, again: bool = False) -> Version | None:
-    """Return the accepted version that learned this dataset, or None.
-
-    A version with the same landed rows but another split counts too, unless the champion or one of its ancestors
-    learned these rows. In that case the test rows were forgotten, and the arrival brings new test rows.
-
-    If it is trained `again`, only the version counts that this flow run made before it was interrupted.
-    """
-    versions = Versions(store).all(lineage)
-    if again:
-        own = [version for version in versions if version.flow_run and version.flow_run == runtime.flow_run.id]
-        return next((version for version in own if version.dataset_sha256 == dataset.sha256), None)
-    learned = [version for version in versions if version.standing == "learned"]
-    promoted = [version for version in versions if version.since.promoted is not None or version in learned]
-    same = [version for version in promoted if version.dataset_sha256 == dataset.sha256]
-    if not same and not any(dataset.landed_sha256 in version.digests for version in learned):
-        same = [version for version in promoted if dataset.landed_sha256 in version.digests]
-    if not same:
-        return None
-    repeated = next((version for version in learned if version.dataset_sha256 == dataset.sha256), same[0])
-    # a rejected one was champion for a while; whether this run repeats it is for the run key to say
-    return None if repeated.is_rejected else repeated
 
 
 def identify_base(source: str, quantize: Quantize = "none") -> BaseRef:

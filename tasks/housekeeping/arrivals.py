@@ -23,7 +23,7 @@ from infra.lineage_state import EndedArrival, lineages_with_state, read_ended, r
 from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectStore
 from infra.versions import ArrivalDigests, Version, Versions
-from tasks.arrival_states import is_of
+from tasks.arrival_queue import is_of
 from tasks.arrivals import held_arrivals
 from tasks.data_files import local_files
 from tasks.housekeeping.garbage import list_all_lineages

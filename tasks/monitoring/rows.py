@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from deal_core.data.answer_files import OWN_COLUMNS, survey_rows
-from deal_core.data.check import RowChecker
 from deal_core.data.columns import find_input
 from deal_core.data.reading.batches import RowList
 from deal_core.data.reading.readers import read_rows
+from deal_core.data.row_checks import RowChecker
 from deal_core.data.rows import RawRow
 from deal_core.errors import ConfigError
 from deal_core.monitoring.feedback import is_empty
@@ -33,7 +33,7 @@ from tasks.lineage.frozen_rows import TestSet, read_test_rows
 from tasks.lineage.record import LineageRecord, choose_task
 
 if TYPE_CHECKING:
-    from deal_core.evaluation.score import TaskEvaluation
+    from deal_core.evaluation.evaluate import TaskEvaluation
 
 REFERENCE_FILE = "reference.parquet"
 OF_LOG = ("task", "input_sha256", "chars", "label", "confidence")

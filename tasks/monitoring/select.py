@@ -16,10 +16,10 @@ import pandas as pd
 from pydantic import BaseModel
 
 from deal_core.data.answer_files import in_chunks, survey_rows
-from deal_core.data.check import RowChecker
 from deal_core.data.columns import find_input
 from deal_core.data.reading.csv_records import GUARD_COLUMN, guarded
 from deal_core.data.reading.readers import read_batches
+from deal_core.data.row_checks import RowChecker
 from deal_core.data.rows import stored_input_digest
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError

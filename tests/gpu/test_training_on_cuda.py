@@ -23,8 +23,8 @@ from deal_core.evaluation.generation import answer_inputs
 from deal_core.method_config import MethodConfig
 from deal_core.planning.memory import BatchShape, MethodShape, plan_memory
 from deal_core.planning.meta_model import measure_activations, measure_model
+from deal_core.training.elastic import run_in_processes
 from deal_core.training.jobs import TrainingJob
-from deal_core.training.ranks import run_in_processes
 from deal_core.training.train import TrainingResult, TrainingSetup, train_adapter
 from deal_core.training.trainer import AdapterTrainer
 from tests.turn_bases import KINDS, build_turn_base

@@ -29,7 +29,7 @@ from infra.store.base import ObjectStore
 from infra.store.opening import open_store
 from infra.versions import Version, Versions
 from tasks import scorer
-from tasks.arrival_states import claim, plan
+from tasks.arrival_queue import claim, plan
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.reports import read_page
 from tasks.lineage.retrain import RetrainPolicy, Waiting

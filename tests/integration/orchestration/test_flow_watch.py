@@ -19,7 +19,7 @@ from flows.watch import WatchResult, watch
 from infra.store.base import ObjectStore
 from infra.store.opening import open_store
 from infra.versions import Versions
-from tasks.arrival_states import Result
+from tasks.arrival_queue import Result
 from tasks.inbox import InboxLook
 from tasks.inbox import look as look_at_inbox
 from tasks.lineage.settings import WatchedLineage, add_lineage

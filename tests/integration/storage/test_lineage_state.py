@@ -37,7 +37,7 @@ from datetime import UTC, datetime
 from functools import partial
 from infra.lineage_state import update
 from infra.store.opening import store_at
-from tasks.arrival_states import Result, claim, finish
+from tasks.arrival_queue import Result, claim, finish
 from tasks.lineage.retrain import RetrainPolicy
 
 store, policy, now = store_at(sys.argv[1]), RetrainPolicy(), datetime.now(UTC)

@@ -22,9 +22,9 @@ from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_loss
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
+from deal_core.evaluation.evaluate import evaluate_task
 from deal_core.evaluation.generation import first_answer_logits
 from deal_core.evaluation.label_scores import label_log_probs
-from deal_core.evaluation.score import evaluate_task
 from deal_core.method_config import MethodConfig
 from deal_core.strategies import PLUGINS
 from deal_core.strategies.old_tasks import with_targets

@@ -16,7 +16,7 @@ from infra.lineage_state import LineageState, note_ended, read_ended, read_state
 from infra.store.base import ObjectStore
 from infra.store.local import FileStore
 from infra.store.opening import store_at
-from tasks.arrival_states import Result, claim
+from tasks.arrival_queue import Result, claim
 from tasks.arrivals import end_try, sense_inbox
 from tasks.inbox import look
 from tasks.lineage.settings import WatchedLineage

@@ -9,8 +9,8 @@ import pytest
 from datasets import Dataset
 
 from deal_core.data.schema import TaskSchema
+from deal_core.evaluation.evaluate import Given, TaskEvaluation
 from deal_core.evaluation.metrics import LabelFigures
-from deal_core.evaluation.score import Given, TaskEvaluation
 from deal_core.training.jobs import AnswerResult
 from infra.store.opening import open_store
 from tasks.lineage.frozen_rows import TestSet

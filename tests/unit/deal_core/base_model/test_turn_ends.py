@@ -16,9 +16,9 @@ from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.evaluation.answering import ServedTask
+from deal_core.evaluation.evaluate import evaluate_task
 from deal_core.evaluation.generation import answer_inputs
 from deal_core.evaluation.label_scores import label_log_probs
-from deal_core.evaluation.score import evaluate_task
 from tests.conftest import MakeOnce
 from tests.turn_bases import KINDS, Kind, build_turn_base, make_tokenizer
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from deal_core.data.arrow_rows import rows_in
 from deal_core.data.chats import MAX_EARLIER_TURNS, earlier_turns, normal_chat, parse_messages
-from deal_core.data.check import RowChecker
 from deal_core.data.columns import Columns
-from deal_core.data.good_rows import rows_in
 from deal_core.data.reading.batches import RowList
 from deal_core.data.reading.readers import read_batches
+from deal_core.data.row_checks import RowChecker
 from deal_core.data.rows import Problem, RawRow, Row, row_digest, stored_input_digest
 from deal_core.data.schema import TaskSchema
 from tests.built import Built, build, chat, write_rows

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deal_core.config import DataConfig
+from deal_core.data.arrow_rows import good_rows
 from deal_core.data.contradictions import MAX_EXAMPLES, ContradictionFinder
 from deal_core.data.digest_set import DigestSet
 from deal_core.data.doubts import MAX_NAMED, labels_alike
-from deal_core.data.good_rows import good_rows
 from deal_core.data.row_warnings import balance_warning, data_warnings, label_warnings
 from deal_core.data.rows import Row, row_digests
 from deal_core.data.schema import Contradictions, DatasetManifest, Split, TaskSchema

@@ -26,14 +26,14 @@ from deal_core.base_model.sharding import is_sharded, shard_base
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import answer_collator
 from deal_core.errors import ConfigError, DeviceMemoryError, RankError
-from deal_core.evaluation.score import evaluate_task
+from deal_core.evaluation.evaluate import evaluate_task
 from deal_core.method_config import MethodConfig
+from deal_core.training.elastic import run_in_processes
 from deal_core.training.jobs import AnswerJob, AnswerResult, TrainingJob, read_result, train_within_memory
-from deal_core.training.ranks import run_in_processes
 from deal_core.training.train import KeptSource, TrainingSetup
 from infra.launch import launch_job
 from tests.unit.deal_core.conftest import TASK, as_served, make_rows, train_into
-from tests.unit.deal_core.training.test_ranks import assert_same
+from tests.unit.deal_core.training.test_elastic import assert_same
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 STEPS = TrainConfig(batch_size=4, learning_rate=5e-3, num_epochs=1, max_prompt_tokens=64, checkpoint_steps=2)

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, logsigmoid
 from deal_core.adapter.state import adapter_on
 from deal_core.config import TrainConfig
 from deal_core.data.collate import REFERENCE_MARGINS, AnswerCollator, add_blank_row, answer_logits, encode_rows
-from deal_core.evaluation.score import evaluate_task
+from deal_core.evaluation.evaluate import evaluate_task
 from deal_core.planning.memory import largest_batch
 from deal_core.training.objective import (
     PairCollator,

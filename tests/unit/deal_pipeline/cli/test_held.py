@@ -15,7 +15,7 @@ from typer.testing import Result as Answer
 from deal_pipeline.cli.app import app
 from infra.lineage_state import read_state, update
 from infra.store.opening import open_store
-from tasks.arrival_states import Result, claim, finish
+from tasks.arrival_queue import Result, claim, finish
 from tasks.arrivals import held_arrivals, sense_inbox
 from tasks.housekeeping.arrivals import find_arrival
 from tasks.inbox import look

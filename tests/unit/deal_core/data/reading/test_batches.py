@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pytest
 
-from deal_core.data.good_rows import digests_in, hex_texts
+from deal_core.data.arrow_rows import digests_in, hex_texts
 from deal_core.data.reading.batches import ParquetRows
 from deal_core.data.reading.parsing import batches_of
 from deal_core.data.rows import RawRow

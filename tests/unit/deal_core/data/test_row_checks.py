@@ -10,10 +10,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from deal_core.data.check import RowChecker, normal_input
+from deal_core.data.arrow_rows import rows_in
 from deal_core.data.columns import Columns
-from deal_core.data.good_rows import rows_in
 from deal_core.data.reading.batches import ParquetRows, RowBatch, RowList
+from deal_core.data.row_checks import RowChecker, normal_input
 from deal_core.data.rows import Problem, RawRow, input_parts, row_digests, stored_input_digest
 from deal_core.data.schema import TaskSchema, label_key
 

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from deal_core.data import chats
+from deal_core.data.arrow_rows import good_rows
 from deal_core.data.columns import Columns
-from deal_core.data.good_rows import good_rows
 from deal_core.data.reading.batches import NO_CELL, RowBatch
 from deal_core.data.rows import Problem, Reason, Row, message_parts, normal_line_ends, preference_digest, row_digests
 from deal_core.data.schema import Format, TaskSchema, label_key, seen_key

@@ -32,8 +32,8 @@ from deal_core.data.order import BucketSampler
 from deal_core.errors import AdapterStateError, ConfigError, RankError
 from deal_core.method_config import DealConfig, MethodConfig, RehearsalConfig
 from deal_core.strategies.rehearsal import Rehearsal, RehearsedRow
+from deal_core.training.elastic import describe, error_of, require_devices, run_in_processes
 from deal_core.training.jobs import TrainingJob, read_job
-from deal_core.training.ranks import describe, error_of, require_devices, run_in_processes
 from deal_core.training.train import TrainingResult, TrainingSetup, train_adapter
 from deal_core.training.trainer import find_checkpoint, require_in_step
 from tests.unit.deal_core.conftest import assert_close_weights
@@ -45,7 +45,7 @@ STEPS = TrainConfig(
 ROOT = Path(__file__).parents[4]
 MAIN = (
     "import sys; from pathlib import Path\nfrom deal_core.training.jobs import read_job\n"
-    "from deal_core.training.ranks import run_in_processes\njob, folder = map(Path, sys.argv[1:])\n"
+    "from deal_core.training.elastic import run_in_processes\njob, folder = map(Path, sys.argv[1:])\n"
     "run_in_processes(read_job(job), folder, lambda message: print(message['step'], flush=True))\n"
 )
 
@@ -160,7 +160,7 @@ def test_seq_lora_whose_parent_was_killed_and_which_one_process_goes_on_with(bas
 def test_a_rank_ends_with_the_process_at_the_other_end_of_its_input():
     """A killed parent is noticed at any moment, not only when a step is reported."""
     code = (
-        "import threading, deal_core.training.ranks as r; r.end_with_input(); print(1, flush=True)\n"
+        "import threading, deal_core.training.elastic as r; r.end_with_input(); print(1, flush=True)\n"
         "threading.Event().wait()"
     )
     command = [sys.executable, "-c", code]

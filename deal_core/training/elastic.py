@@ -1,7 +1,7 @@
 """Starts the processes of a job on this machine, reads their progress, and ends them with this process.
 
 A launcher starts the ranks, each `python -m deal_core.training.main JOB`: PyTorch's elastic agent, which `python -m
-deal_core.training.ranks` runs, or a command such as torchrun. Rank 0 appends its progress and its result to a file
+deal_core.training.elastic` runs, or a command such as torchrun. Rank 0 appends its progress and its result to a file
 beside the job's. Launcher and ranks hold the reading end of a pipe, and only this process the writing end: they notice
 its death. The ranks begin after the launcher has imported this module, so it imports no jobs.
 """

@@ -14,9 +14,9 @@ from deal_core.data.collate import MIN_PREFIX
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation import batches
+from deal_core.evaluation.evaluate import count_too_long, evaluate_task
 from deal_core.evaluation.generation import answer_inputs, generate, read_prefix
 from deal_core.evaluation.likelihood import DIVERGENCE_ROWS, divergence_from_base, token_probabilities
-from deal_core.evaluation.score import count_too_long, evaluate_task
 from tests.unit.deal_core.conftest import as_served, small_model, train_into
 
 WELL = TrainConfig(max_steps=80, batch_size=8, learning_rate=3e-2, max_prompt_tokens=64)

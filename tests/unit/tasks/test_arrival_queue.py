@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from infra.lineage_state import EndedArrival, LineageState
-from tasks.arrival_states import (
+from tasks.arrival_queue import (
     NUM_AT_ONCE,
     PAUSE,
     Plan,
