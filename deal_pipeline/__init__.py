@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from deal_pipeline.lineage import Lineage
 
 __all__ = ["Home", "Lineage", "frame"]
-MODULES = {"Home": "home", "Lineage": "lineage", "frame": "tables"}
+MODULES = {"Home": "home", "Lineage": "lineage", "frame": "dataframes"}
 """Where each name is found, once it is asked for: a command needs none of it to show its help."""
 
 mask_logs()
