@@ -170,7 +170,7 @@ def refuse_what_cannot_fit(
         return
     from deal_core.base_model.device import current_device
     from deal_core.base_model.load import find_config, precision_name
-    from deal_core.planning.memory import NO_ACTIVATIONS, NO_BATCH, MethodShape, adapter_rank, plan_memory
+    from deal_core.planning.memory import NO_BATCH, MethodShape, adapter_rank, plan_memory
     from deal_core.planning.meta_model import measure_model
 
     try:
@@ -180,9 +180,7 @@ def refuse_what_cannot_fit(
     device, precision = current_device(), precision_name("auto")
     rank = adapter_rank(adapter, strategy, num_versions)
     shape = MethodShape(rank=rank, strategy=strategy, method=method, is_first_task=num_versions == 0)
-    needed = plan_memory(
-        model, NO_ACTIVATIONS, NO_BATCH, shape, train=train, precision=precision, on_cpu=device.is_cpu
-    ).certain
+    needed = plan_memory(model, NO_BATCH, shape, train=train, precision=precision, on_cpu=device.is_cpu).certain
     held = precision if train.quantize == "none" else train.quantize
     if needed > device.total_bytes:
         raise ConfigError(

@@ -32,7 +32,7 @@ from deal_core.planning.memory import (
     longest_of,
     plan_memory,
 )
-from deal_core.planning.meta_model import measure_activations, measure_model
+from deal_core.planning.meta_model import measure_model
 from deal_core.safe_text import brief
 from deal_core.selection.choose import rows_read
 from deal_core.strategies import strategy_class
@@ -236,7 +236,7 @@ def _plan_rows(
 ) -> PlanResult:
     setup, train = run.setup, run.setup.train
     model = measure_model(run.base.config, setup.adapter)
-    on_progress("measuring rows and activations")
+    on_progress("measuring rows")
     shape = MethodShape(rank=run.rank, strategy=setup.strategy, method=setup.method, is_first_task=run.champion is None)
     device = current_device() if planned is None else planned
     batch = _batch(run, rows, on_cpu=device.is_cpu)
@@ -248,11 +248,8 @@ def _plan_rows(
         prompt = min(batch.num_tokens - batch.num_answer_tokens, run.longest_prompt(train))
         num_rows = run.largest_batch(train, on_cpu=device.is_cpu)
         rows = replace(batch, num_rows=num_rows, num_tokens=prompt + answer, num_answer_tokens=answer)
-        adapter = replace(setup.adapter, rank=run.rank)
-        activations = measure_activations(run.base.config, adapter, rows, precision, on_cpu=device.is_cpu)
         return plan_memory(
             model,
-            activations,
             rows,
             shape,
             train=train,

@@ -114,7 +114,7 @@ def describe(name: str, licence: str, config: Any) -> dict[str, Any]:
     model = measure_model(config, adapter)
 
     def memory(batch: BatchShape, *, checkpointing: bool = False) -> int:
-        return memory_on_gpu(config, model, batch, rank=adapter.rank, checkpointing=checkpointing).total
+        return memory_on_gpu(model, batch, rank=adapter.rank, checkpointing=checkpointing).total
 
     return {
         "name": name,

@@ -29,7 +29,7 @@ from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.method_config import MethodConfig
 from deal_core.planning.memory import BatchShape, MemoryPlan, MethodShape, largest_batch, longest_of, plan_memory
-from deal_core.planning.meta_model import measure_activations, measure_model
+from deal_core.planning.meta_model import measure_model
 from deal_core.strategies.deal import Deal
 from deal_core.strategies.strategy import PlannedArrival
 from deal_core.training.train import TrainingSetup
@@ -91,7 +91,6 @@ def predict(case: Case, source: str, num_old_tasks: int) -> tuple[MemoryPlan, Ba
     shape = MethodShape(rank=ADAPTER.rank, strategy="deal", method=MethodConfig(), is_first_task=num_old_tasks == 0)
     plan = plan_memory(
         measure_model(found.config, ADAPTER),
-        measure_activations(found.config, ADAPTER, batch, case.precision, on_cpu=True),
         batch,
         shape,
         train=train,

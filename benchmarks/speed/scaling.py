@@ -30,7 +30,7 @@ from deal_core.planning.memory import (
     ModelSize,
     plan_memory,
 )
-from deal_core.planning.meta_model import measure_activations, measure_model
+from deal_core.planning.meta_model import measure_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,22 +194,21 @@ def describe(name: str, config: Any) -> dict[str, Any]:
         "modules": len(model.modules),
         "flops_row": row_flops(model, BATCH, rank=RANK, checkpointing=False),
         "flops_row_checkpointing": row_flops(model, BATCH, rank=RANK, checkpointing=True),
-        "lines": [line(config, model, *setup) for setup in SETUPS],
+        "lines": [line(model, *setup) for setup in SETUPS],
     }
 
 
-def memory_on_gpu(config: Any, model: ModelSize, batch: BatchShape, *, rank: int, checkpointing: bool) -> MemoryPlan:
+def memory_on_gpu(model: ModelSize, batch: BatchShape, *, rank: int, checkpointing: bool) -> MemoryPlan:
     """Memory of a step of a later task on one device, in bf16, with the rehearsed rows beside the batch."""
     batch = replace(batch, num_rows=batch.num_rows + REHEARSED)
-    activations = measure_activations(config, AdapterConfig(rank=rank), batch, "bf16", on_cpu=False)
     shape = MethodShape(rank=rank, strategy="deal", method=MethodConfig(), is_first_task=False)
     train = TrainConfig(gradient_checkpointing=checkpointing)
-    return plan_memory(model, activations, batch, shape, train=train, precision="bf16", on_cpu=False)
+    return plan_memory(model, batch, shape, train=train, precision="bf16", on_cpu=False)
 
 
-def line(config: Any, model: ModelSize, devices: int, sharded: bool, checkpointing: bool) -> dict[str, Any]:
+def line(model: ModelSize, devices: int, sharded: bool, checkpointing: bool) -> dict[str, Any]:
     """One setup: memory of each device, time of a step by what may bound it, rows per second."""
-    memory = memory_on_gpu(config, model, BATCH, rank=RANK, checkpointing=checkpointing)
+    memory = memory_on_gpu(model, BATCH, rank=RANK, checkpointing=checkpointing)
     total = memory.total - (memory.weights * (1 - 1 / devices) if sharded else 0)
     cost = step_cost(
         model,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Literal
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +18,7 @@ from deal_core.base_model.cpu_attention import MAX_SCORES
 from deal_core.config import AdapterConfig, Quantize, TrainConfig
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import REJECTED, TaskSchema
+from deal_core.errors import ConfigError
 from deal_core.method_config import MethodConfig
 from deal_core.shown import Shown
 from deal_core.strategies import strategy_class
@@ -41,6 +42,44 @@ MAX_TOKENISED = 2_000
 MIN_PROMPT_TOKENS = 64
 
 
+Part = Literal["row", "prompt", "answer"]
+"""What a layer reads of a row. An encoder reads the prompt, and then the decoder reads the answer alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchShape:
+    """The largest batch that goes through the model at once."""
+
+    num_rows: int
+    num_tokens: int
+    """T of the longest row, including the answer."""
+    num_answer_tokens: int
+    """K of the longest answer."""
+
+    def num_read(self, part: Part) -> int:
+        """Number of tokens that a layer reads."""
+        tokens = {"row": self.num_tokens, "answer": self.num_answer_tokens}
+        return self.num_rows * tokens.get(part, self.num_tokens - self.num_answer_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSize:
+    """How many numbers a layer keeps of each token that it reads, by what has them."""
+
+    part: Part
+    norms: int = 0
+    """Inputs of the norms, which compute in fp32."""
+    outputs: int = 0
+    """Outputs of linear layers and activation, without what is added to the residual stream."""
+    inputs: int = 0
+    """Inputs of the modules with the adapter. Modules that read the same count once."""
+    adapted_inputs: int = 0
+    """The same, with each module counted: on a CPU each makes an fp32 copy of an input in bf16."""
+    num_adapted: int = 0
+    """Number of modules with the adapter; each keeps its R numbers between A and B."""
+    num_attentions: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
     """A base model's sizes."""
@@ -53,7 +92,9 @@ class ModelSize:
     """L; of an encoder-decoder, pairs of layers."""
     hidden_size: int
     attention_size: int
-    """Number of heads times head size."""
+    """Number of query heads times head size."""
+    key_size: int
+    """Number of heads of keys and values, times head size."""
     intermediate_size: int
     """Size of the MLP's hidden layer."""
     num_heads: int
@@ -61,6 +102,9 @@ class ModelSize:
     vocab_size: int
     modules: tuple[tuple[int, int], ...]
     """(out features, in features) of every module that carries the adapter."""
+    layers: tuple[LayerSize, ...]
+    has_own_cpu_attention: bool
+    """Whether `deal_core.base_model.cpu_attention` computes its attention on a CPU."""
 
     @property
     def num_parameters(self) -> int:
@@ -86,37 +130,40 @@ class ModelSize:
         """Size of all A and of all B at this rank."""
         return rank * sum(num_in for _, num_in in self.modules), rank * sum(num_out for num_out, _ in self.modules)
 
+    def activation_bytes(
+        self, batch: BatchShape, rank: int, precision: str, *, on_cpu: bool, checkpointing: bool
+    ) -> int:
+        """Bytes that autograd keeps of one batch until its backward pass. Attention scores are not kept.
 
-@dataclass(frozen=True, kw_only=True)
-class BatchShape:
-    """The largest batch that goes through the model at once."""
+        PyTorch's fused attention keeps its output, and keys and values once per query head, because transformers
+        repeats them if there is a mask. With checkpointing only every layer's input is kept, and all of one layer.
 
-    num_rows: int
-    num_tokens: int
-    """T of the longest row, including the answer."""
-    num_answer_tokens: int
-    """K of the longest answer."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ActivationSize:
-    """Bytes that autograd keeps of one batch until its backward pass."""
-
-    layer: int
-    rest: int
-    """Bytes outside the layers, mainly the answers' log-probabilities."""
-    boundary: int
-    """Bytes of a layer's input; gradient checkpointing keeps only these."""
-
-    def kept(self, num_layers: int, *, checkpointing: bool) -> int:
-        """All kept bytes. With checkpointing: every layer's input, and the activations of one layer."""
-        if checkpointing:
-            return num_layers * self.boundary + self.layer + self.rest
-        return num_layers * self.layer + self.rest
+        Raises:
+            ConfigError: The model has no attention. What its layers keep is not known.
+        """
+        if not self.num_heads:
+            raise ConfigError(f"The activations of a {self.model_type}, which has no attention, cannot be planned.")
+        width = BYTES_OF[precision]
+        attention = self.attention_size
+        if not (on_cpu and self.has_own_cpu_attention):
+            attention += 2 * (self.attention_size - self.key_size)
+        makes_copies = on_cpu and width < FP32
+        layers = [
+            batch.num_read(layer.part)
+            * (
+                FP32 * (layer.norms + rank * layer.num_adapted)
+                + width * (layer.outputs + layer.num_attentions * attention)
+                + (FP32 * layer.adapted_inputs if makes_copies else width * layer.inputs)
+            )
+            for layer in self.layers
+        ]
+        boundaries = self.num_layers * batch.num_rows * batch.num_tokens * width * self.hidden_size
+        # outside the layers: logits and log-probabilities of the answers
+        ends = 2 * FP32 * batch.num_rows * batch.num_answer_tokens * self.vocab_size
+        return ends + (boundaries + max(layers) if checkpointing else sum(layers))
 
 
 NO_BATCH = BatchShape(num_rows=0, num_tokens=0, num_answer_tokens=0)
-NO_ACTIVATIONS = ActivationSize(layer=0, rest=0, boundary=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +205,6 @@ class MethodShape:
 
 def plan_memory(
     model: ModelSize,
-    activations: ActivationSize,
     batch: BatchShape,
     shape: MethodShape,
     *,
@@ -169,12 +215,18 @@ def plan_memory(
 ) -> MemoryPlan:
     """Add up the memory of a training step in one process.
 
-    `batch` is that of `largest_batch`, and `activations` are its own. `precision` is that of the frozen weights, which
-    `num_shards` processes share.
+    `batch` is that of `largest_batch`. `precision` is that of the frozen weights, which `num_shards` processes share.
+
+    Raises:
+        ConfigError: The activations of such a model cannot be planned.
     """
     learner = Strategy if shape.is_first_task else strategy_class(shape.strategy)
     numbers = learner.tensor_numbers(shape.method, model.modules, shape.rank)
-    kept = activations.kept(model.num_layers, checkpointing=train.gradient_checkpointing)
+    kept = 0
+    if batch.num_rows:
+        kept = model.activation_bytes(
+            batch, shape.rank, precision, on_cpu=on_cpu, checkpointing=train.gradient_checkpointing
+        )
     scores = batch.num_rows * model.num_heads * batch.num_tokens**2
     scores *= batch.num_rows if train.padding_free else 1  # those between the rows too
     workspace = max(

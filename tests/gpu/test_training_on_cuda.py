@@ -22,7 +22,7 @@ from deal_core.evaluation.batches import MAX_BATCH_TOKENS, batch_tokens, in_batc
 from deal_core.evaluation.generation import answer_inputs
 from deal_core.method_config import MethodConfig
 from deal_core.planning.memory import BatchShape, MethodShape, plan_memory
-from deal_core.planning.meta_model import measure_activations, measure_model
+from deal_core.planning.meta_model import measure_model
 from deal_core.training.elastic import run_in_processes
 from deal_core.training.jobs import TrainingJob
 from deal_core.training.train import TrainingResult, TrainingSetup, train_adapter
@@ -258,7 +258,6 @@ def test_a_training_takes_about_the_memory_that_is_planned(tiny_base: Path, tmp_
     precision = precision_name("auto")
     planned = plan_memory(
         measure_model(config, ADAPTER),
-        measure_activations(config, ADAPTER, batch, precision, on_cpu=False),
         batch,
         MethodShape(rank=ADAPTER.rank, strategy="deal", method=MethodConfig(), is_first_task=True),
         train=STEPS,
