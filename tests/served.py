@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -98,7 +97,7 @@ def running(champion: Champion, log: Path, *trusted: str, api_key: str | None = 
 @contextmanager
 def following(champion: LoadedChampion, log: Path) -> Iterator[tuple[int, asyncio.AbstractEventLoop]]:
     """A champion that is loaded and followed as in `deal serve`, in a thread: its loopback port, and its event loop."""
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = run.listen("127.0.0.1", 0)
     server, ended, begun = run.make_server(make_app(champion), champion.drain), threading.Event(), threading.Event()
     follower, loops, errors = run.Follower(champion, ended), list[asyncio.AbstractEventLoop](), list[Exception]()
 
@@ -135,7 +134,7 @@ def following(champion: LoadedChampion, log: Path) -> Iterator[tuple[int, asynci
 @contextmanager
 def listening(app: Starlette, log: Path) -> Iterator[int]:
     """A web application behind the server of `deal serve`, on a loopback port, in a thread."""
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = run.listen("127.0.0.1", 0)
     server = run.make_server(app)
 
     def serve() -> None:

@@ -189,6 +189,13 @@ def test_a_trusted_host_that_can_match_no_request_is_refused_before_the_server_l
         )
 
 
+def test_no_part_of_an_answer_waits_for_the_client_to_acknowledge_the_part_before() -> None:
+    with run.listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_names_below_a_name_and_ipv6_addresses_can_be_trusted(champion: Champion, tmp_path: Path) -> None:
     told = ["*.example", "fe80::1", "[fe80::2]", "my_host-1.internal"]
     assert run._trusted("127.0.0.1", [*told, "*"])[-1] == "*"
