@@ -2,7 +2,10 @@
 
     pip install --editable '.[benchmarks]'
     python -m benchmarks.speed.sft_trainer
+    python -m benchmarks.speed.sft_trainer --instruction-tokens 500 --out benchmarks/results/sft_long_prompt.json
 
+The second command gives all rows one long instruction, as a system prompt is. This project's trainer reads it once a
+step; SFTTrainer reads it with every row, also where it packs rows into one sequence.
 Every variant continues the same parent adapter on the same rows: the second task of a lineage, so that DEAL's core and
 rehearsal have something to hold. Base, rows, adapter, precision, batch size, rate, epochs, clip, steps and seed are the
 same. SFTConfig would turn bf16 autocast on, which is left off. TRL's rows are prompt and completion, so that only the
@@ -67,7 +70,9 @@ TRL: dict[str, dict[str, Any]] = {
 }
 """Variant to what departs from SFTConfig's defaults: they recompute activations, and take rows as they come. Without
 padding a batch is one long row, which TRL recommends with FlashAttention alone; on a CPU it trains the same."""
-VARIANTS = (*OURS, *TRL)
+PACKING = "trl_packing"
+"""Rows one after another in sequences as long as a padded batch, one of them a step: the other variants have rows."""
+VARIANTS = (*OURS, *TRL, PACKING)
 REFERENCE = "trl_defaults"
 HELD_OUT_BATCH = 8
 UNCUT = 1_000_000
@@ -135,6 +140,14 @@ def encode(rows: Rows, task: TaskSchema, tokenizer: PreTrainedTokenizerBase) -> 
     return encode_rows(Dataset.from_list(list(rows)), tokenizer, task, max_prompt_tokens=UNCUT, max_answer_tokens=UNCUT)
 
 
+def lengthen(task: TaskSchema, tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> TaskSchema:
+    """Return the task with its instruction repeated until it has as many tokens; 0 leaves it as it is."""
+    instruction = task.instruction
+    while len(tokenizer.encode(instruction)) < num_tokens:
+        instruction += f" {task.instruction}"
+    return replace(task, instruction=instruction)
+
+
 def fitting(
     rows: Rows, task: TaskSchema, tokenizer: PreTrainedTokenizerBase, train: TrainConfig, limit: int | None
 ) -> Rows:
@@ -168,7 +181,7 @@ def measure(variant: str, setup: Setup, seed: int, folder: Path) -> dict[str, An
     """Train one variant in this process, and return what it took and what it learned."""
     disable_progress_bars()
     setup = replace(setup, train=replace(setup.train, seed=seed))
-    train = train_with_trl if variant in TRL else train_here
+    train = train_here if variant in OURS else train_with_trl
     found = train(variant, setup.load_base(), setup, folder)
     return {
         "seed": seed,
@@ -205,9 +218,11 @@ def train_with_trl(variant: str, base: BaseModel, setup: Setup, folder: Path) ->
         {"prompt": render_prompt(setup.task, row["input"], base.tokenizer), "completion": f" {row['output']}"}
         for row in setup.rows
     ]
+    longest = max(encode(setup.rows, setup.task, base.tokenizer)["length"])
+    packing = {"packing": True, "max_length": setup.train.batch_size * longest, "gradient_checkpointing": False}
     args = SFTConfig(
         output_dir=str(folder),
-        per_device_train_batch_size=setup.train.batch_size,
+        per_device_train_batch_size=1 if variant == PACKING else setup.train.batch_size,
         num_train_epochs=setup.train.num_epochs,
         learning_rate=setup.train.rate(base.model.num_parameters()),
         lr_scheduler_type="constant",
@@ -217,7 +232,7 @@ def train_with_trl(variant: str, base: BaseModel, setup: Setup, folder: Path) ->
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        **TRL[variant],
+        **(packing if variant == PACKING else TRL[variant]),
     )
     dataset = Dataset.from_list(rows)
     started = time.perf_counter()
@@ -278,7 +293,11 @@ def compare(runs: list[dict[str, Any]], reference: list[dict[str, Any]]) -> dict
 def require_same_work(runs: dict[str, list[dict[str, Any]]], expected: dict[str, int]) -> None:
     """End where a variant took other steps, or learned from other tokens: it is not the same work that was timed."""
     for count, value in expected.items():
-        found = {name: [run.get(count, value) for run in measured] for name, measured in runs.items()}
+        found = {
+            name: [run.get(count, value) for run in measured]
+            for name, measured in runs.items()
+            if not (name == PACKING and count == "num_steps")
+        }
         if any(set(counts) != {value} for counts in found.values()):
             typer.echo(f"{count} should be {value} in every measurement: {found}", err=True)
             raise typer.Exit(1)
@@ -301,6 +320,9 @@ def main(
     learning_rate: Annotated[float, typer.Option(help="Rate of AdamW, constant.")] = 5e-4,
     rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 16,
     max_prompt_tokens: Annotated[int, typer.Option(help="Rows with longer prompts are left out.")] = 512,
+    instruction_tokens: Annotated[
+        int, typer.Option(help="Tokens that the learned task's instruction has at least; 0: as it is.", min=0)
+    ] = 0,
     out: Out = RESULTS / "sft_trainer.json",
 ) -> None:
     """Print and write rows per second of every variant, its ratio to SFTTrainer at its defaults, and the losses."""
@@ -317,12 +339,12 @@ def main(
             batch_size=batch_size,
             num_epochs=epochs,
             learning_rate=learning_rate,
-            max_prompt_tokens=max_prompt_tokens,
+            max_prompt_tokens=max_prompt_tokens + instruction_tokens,
         )
         adapter = AdapterConfig(rank=rank)
     except DealError as error:
         raise typer.BadParameter(str(error)) from None
-    schema = tasks[task].schema
+    schema = lengthen(tasks[task].schema, tokenizer, instruction_tokens)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
     with tempfile.TemporaryDirectory(prefix="deal-sft-") as work:
         setup = Setup(
@@ -361,6 +383,7 @@ def main(
             "epochs": epochs,
             "learning_rate": learning_rate,
             "rank": rank,
+            "instruction_tokens": instruction_tokens,
             **work_done,
             **before,
             "trl": version,

@@ -7,7 +7,7 @@ from pathlib import Path
 from datasets import disable_progress_bars
 from transformers import AutoTokenizer
 
-from benchmarks.speed.sft_trainer import compare, encode, example_task, fitting
+from benchmarks.speed.sft_trainer import compare, encode, example_task, fitting, lengthen
 from deal_core.config import TrainConfig
 
 
@@ -20,6 +20,15 @@ def test_rows_that_a_trainer_would_cut_are_left_out(tiny_base: Path) -> None:
     kept = fitting(task.train, task.schema, tokenizer, TrainConfig(max_prompt_tokens=limit), None)
     assert list(kept) == [row for row, length in zip(task.train, lengths, strict=True) if length <= limit]
     assert fitting(task.train, task.schema, tokenizer, TrainConfig(max_prompt_tokens=limit), 3) == kept[:3]
+
+
+def test_a_lengthened_instruction_is_the_tasks_own_again_and_again(tiny_base: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    task = example_task("clinic").schema
+    longer = lengthen(task, tokenizer, 100)
+    assert len(tokenizer.encode(longer.instruction)) >= 100
+    assert set(longer.instruction.replace(task.instruction, "").split()) == set()
+    assert lengthen(task, tokenizer, 0) == task
 
 
 def test_ratios_are_of_the_same_round() -> None:
