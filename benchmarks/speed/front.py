@@ -11,6 +11,8 @@ Two versions of a tiny base model are learned, whose answers differ. One vLLM se
 - load: 32 clients ask the front and the engine itself in turns. The processor time of a request is that of the front's
   process over the turn. With --old, the front of another checkout, of the commit that the figure is compared with,
   takes turns too.
+- leaving: a client that asks for many answers goes away. The figure is the time for which the engine goes on with them,
+  by its counter of tokens.
 - moves: 32 clients ask while two versions are promoted, one is rolled back and one is tried as a canary. An answer is
   right if it is what the version that it names gives alone.
 - streams: 1,000 streams are open at once. The figure is the memory of the front and its children, shared pages counted
@@ -30,7 +32,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -246,6 +248,34 @@ def measure_streams(url: str, process: psutil.Process) -> dict[str, Any]:
     }
 
 
+def measure_leaving(url: str, engine_url: str, times: int = 5) -> dict[str, Any]:
+    """Go away while the engine answers; seconds until it makes no more tokens, and those of whole answers."""
+    body = {"model": f"{LINEAGE}/bank", "prompt": (texts_to_ask() * 20)[:200], "max_tokens": 20, "temperature": 2.0}
+
+    def num_tokens() -> float:
+        lines = httpx.get(f"{engine_url}/metrics", timeout=WAIT_SECONDS).text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:generation_tokens_total"))
+
+    begun = time.monotonic()
+    httpx.post(f"{url}/v1/completions", json=body, timeout=WAIT_SECONDS).raise_for_status()
+    whole = time.monotonic() - begun
+    went_on = []
+    for _ in range(times):
+        with suppress(httpx.ReadTimeout):
+            httpx.post(f"{url}/v1/completions", json=body, timeout=whole / 4)
+        left = last = time.monotonic()
+        seen = num_tokens()
+        while time.monotonic() < left + whole:
+            if (now := num_tokens()) != seen:
+                seen, last = now, time.monotonic()
+        went_on.append(last - left)
+    return {
+        "whole_seconds": round(whole, 2),
+        "median_seconds": round(statistics.median(went_on), 3),
+        "most_seconds": round(max(went_on), 3),
+    }
+
+
 def measure_end(url: str, expected: Expected, process: subprocess.Popen[str]) -> float:
     """Seconds from Ctrl-C to the end of the process, while 32 clients ask."""
     with Clients(url, texts_to_ask(), "bank", expected).asking(NUM_CLIENTS):
@@ -317,6 +347,7 @@ def measure(
                 targets["old"] = Target(old_url, asked, psutil.Process(old_process.pid))
             note("load", measure_load(targets, seconds, rounds))
         note("streams", measure_streams(url, psutil.Process(process.pid)))
+        note("leaving", measure_leaving(url, engine.url))
         note("moves", measure_moves(url, expected, moving))
         note("end_seconds", measure_end(url, expected, process))
     write_result(out, result)

@@ -34,6 +34,7 @@ class RealEngine:
     folder: Path
     """Where it runs and writes its log."""
     port: int
+    dtype: str = "float32"
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     @property
@@ -49,7 +50,7 @@ class RealEngine:
         """Start it, and wait until it answers."""
         command = [PROGRAM, "serve", self.base, "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--enable-lora", "--max-lora-rank", str(MAX_RANK), "--max-loras", "2", "--max-cpu-loras", "4"]
-        command += ["--generation-config", "vllm", "--max-model-len", "512", "--enforce-eager", "--dtype", "float32"]
+        command += ["--generation-config", "vllm", "--max-model-len", "512", "--enforce-eager", "--dtype", self.dtype]
         with (self.folder / "engine.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [str(part) for part in command],
@@ -84,11 +85,11 @@ class RealEngine:
 
 
 @contextmanager
-def running_engine(base: Path, folder: Path) -> Iterator[RealEngine]:
+def running_engine(base: Path, folder: Path, dtype: str = "float32") -> Iterator[RealEngine]:
     """A server of a base model; its log is in the folder, which must be empty."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        engine = RealEngine(base, folder, int(free.getsockname()[1]))
+        engine = RealEngine(base, folder, int(free.getsockname()[1]), dtype)
     try:
         engine.start()
         yield engine

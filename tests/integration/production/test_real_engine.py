@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 from openai.types.chat import ChatCompletionUserMessageParam
+from safetensors.torch import load_file, save_file
 
 from benchmarks.speed.real_engine import MAX_RANK, RealEngine, running_engine
 from benchmarks.speed.serving import Clients, answers_of, make_champion, served, texts_to_ask
@@ -213,3 +214,37 @@ def test_an_engine_that_answers_test_rows_decides_as_the_process_does(
     assert (there["accuracies"], there["outcomes"]) == (here["accuracies"], here["outcomes"])
     assert any("vllm 0." in note for note in there["notes"])
     assert not any((HomeSettings().home / "engine-adapters").glob("evaluate-*"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_only_the_versions_own_adapter_passes_under_its_name(
+    dtype: str,
+    base: Path,
+    serving_home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Under the version's name the engine gets another lineage's adapter, and one whose layers no base model has."""
+    del serving_home
+    foreign = run(base, CLINIC, train={**TRAIN, "max_steps": 40}, lineage="foreign")
+    own = run(base, BANK, train={**TRAIN, "max_steps": 40}, lineage="own")
+    fetch_version(open_store(), find_version(open_store(), "foreign", foreign.version), tmp_path / "foreign")
+    fetch_version(open_store(), find_version(open_store(), "own", own.version), tmp_path / "renamed")
+    weights = tmp_path / "renamed" / WEIGHTS_FILE
+    tensors = {name.replace("layers", "strata"): tensor for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights)
+    (engine_folder := tmp_path / "engine").mkdir()
+    with running_engine(base, engine_folder, dtype) as engine:
+        monkeypatch.setenv("DEAL_ENGINE_URL", engine.url)
+        with served("own") as (url, _):
+            assert ask(url).json()["predictions"][0]["version"] == own.version
+            (name,) = engine.adapters()
+        for folder in (tmp_path / "foreign", tmp_path / "renamed"):
+            adapter = {"lora_name": name, "lora_path": str(folder)}
+            httpx.post(f"{engine.url}/v1/unload_lora_adapter", json=adapter, timeout=60)
+            httpx.post(f"{engine.url}/v1/load_lora_adapter", json=adapter, timeout=60).raise_for_status()
+            with pytest.raises(RuntimeError, match="exit code 1"), served("own"):
+                pass
+            refusal = json.loads(capfd.readouterr().err.splitlines()[-1])["error"]
+            assert "what it changes is" in refusal, f"the adapter in {folder.name} is not the version's"
