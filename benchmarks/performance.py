@@ -13,6 +13,7 @@ from benchmarks.output import RESULTS, read, templates
 NAMES = (
     "step_cost",
     "sft_trainer",
+    "sft_long_prompt",
     "evaluation",
     "evaluation_fp32",
     "evaluation_texts",
@@ -26,6 +27,7 @@ NAMES = (
     "landing",
     "serving",
     "serving_log",
+    "front",
     "monitoring",
     "label_noise",
     "two_lineages",

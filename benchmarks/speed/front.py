@@ -259,8 +259,9 @@ def measure_leaving(url: str, engine_url: str, times: int = 5) -> dict[str, Any]
     begun = time.monotonic()
     httpx.post(f"{url}/v1/completions", json=body, timeout=WAIT_SECONDS).raise_for_status()
     whole = time.monotonic() - begun
-    went_on = []
+    went_on, made = [], []
     for _ in range(times):
+        before = num_tokens()
         with suppress(httpx.ReadTimeout):
             httpx.post(f"{url}/v1/completions", json=body, timeout=whole / 4)
         left = last = time.monotonic()
@@ -269,10 +270,12 @@ def measure_leaving(url: str, engine_url: str, times: int = 5) -> dict[str, Any]
             if (now := num_tokens()) != seen:
                 seen, last = now, time.monotonic()
         went_on.append(last - left)
+        made.append(seen - before)
     return {
         "whole_seconds": round(whole, 2),
         "median_seconds": round(statistics.median(went_on), 3),
         "most_seconds": round(max(went_on), 3),
+        "tokens_made": made,
     }
 
 

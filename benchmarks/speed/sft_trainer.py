@@ -2,10 +2,12 @@
 
     pip install --editable '.[benchmarks]'
     python -m benchmarks.speed.sft_trainer
-    python -m benchmarks.speed.sft_trainer --instruction-tokens 500 --out benchmarks/results/sft_long_prompt.json
+    python -m benchmarks.speed.sft_trainer --instruction-tokens 500 --rows 8 --measurements 3 --out FILE
 
-The second command gives all rows one long instruction, as a system prompt is. This project's trainer reads it once a
-step; SFTTrainer reads it with every row, also where it packs rows into one sequence.
+The second command gives all rows one long instruction, as a system prompt is; its stored result is sft_long_prompt.json.
+This project's trainer reads the instruction once a step. SFTTrainer reads it with every row, also where it packs rows
+into one sequence.
+
 Every variant continues the same parent adapter on the same rows: the second task of a lineage, so that DEAL's core and
 rehearsal have something to hold. Base, rows, adapter, precision, batch size, rate, epochs, clip, steps and seed are the
 same. SFTConfig would turn bf16 autocast on, which is left off. TRL's rows are prompt and completion, so that only the
