@@ -34,7 +34,6 @@ from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
 from infra.store.keys import TEST_FILE, TRAIN_FILE
 from infra.versions import Version, Versions, descent
 from tasks.data_files import local_files
-from tasks.landing import choose_schema, frozen_tests
 from tasks.lineage.datasets import learned_inputs, read_manifest
 from tasks.lineage.frozen_rows import TestSet, first_rows, load_test_set, read_answers, read_test_rows
 from tasks.lineage.record import KnownTask, LineageRecord, read_record
@@ -43,6 +42,7 @@ from tasks.lineage.version_files import borrowed_adapter, reading_beside
 from tasks.monitoring.rows import read_reference
 from tasks.references import Contradiction, DatasetRef, ScoredArrival
 from tasks.spec import AdaptSpec, TaskSpec
+from tasks.task_schema import choose_schema, frozen_tests
 
 if TYPE_CHECKING:
     from tasks.scorer import Processes

@@ -42,11 +42,11 @@ from infra.settings import HomeSettings, LaunchSettings
 from infra.store.base import ObjectStore, temporary_folder
 from infra.store.keys import TRAIN_FILE
 from infra.versions import Version, Versions
-from tasks.landing import choose_schema, landing_of
 from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy
 from tasks.lineage.record import read_record
 from tasks.lineage.version_files import borrowed_adapter, download_files
 from tasks.spec import AdaptSpec
+from tasks.task_schema import choose_schema, landing_of
 
 OnProgress = Callable[[str], None]
 NUM_PROBE_STEPS = 3

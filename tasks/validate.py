@@ -28,12 +28,12 @@ from infra.store.keys import TASK_FILE
 from infra.versions import Versions
 from tasks.base import local_tokenizer
 from tasks.inbox import task_from_file
-from tasks.landing import choose_schema, landing_of
 from tasks.lineage.choices import choose_base, choose_strategy
 from tasks.lineage.record import read_record
 from tasks.lineage.settings import spec_from_options
 from tasks.lineage.tombstones import ForgottenRowsError, refuse_forgotten
 from tasks.spec import AdaptSpec
+from tasks.task_schema import choose_schema, landing_of
 
 if TYPE_CHECKING:
     from deal_core.selection.label_noise import LabelCheck

@@ -26,7 +26,6 @@ from infra.store.opening import open_store
 from infra.versions import Version, Versions, descent
 from tasks.adaptation.resume import read_findings, require_same_files
 from tasks.adaptation.run import STAGE
-from tasks.landing import choose_schema, frozen_tests, landing_of
 from tasks.lineage.consolidation import ConsolidationPlan, LearnedRows, Source, Start
 from tasks.lineage.datasets import retains_training_rows
 from tasks.lineage.frozen_rows import read_test_rows, require_tests
@@ -35,6 +34,7 @@ from tasks.lineage.tombstones import find_tombstone, refuse_forgotten
 from tasks.lineage.version_files import borrowed_adapter
 from tasks.progress import advance, staged
 from tasks.spec import AdaptSpec, parse
+from tasks.task_schema import choose_schema, frozen_tests, landing_of
 
 if TYPE_CHECKING:
     from deal_core.training.jobs import JoinedFile

@@ -26,7 +26,6 @@ from infra.versions import Version, Versions, descent
 from tasks.adaptation.resume import read_findings, spec_to_relearn
 from tasks.adaptation.run import STAGE, AdaptationRun
 from tasks.arrival_check import remark_on, score_arrival
-from tasks.landing import choose_schema, landing_of
 from tasks.lineage.datasets import drop_held_rows, read_manifest, retains_training_rows
 from tasks.lineage.frozen_rows import require_tests
 from tasks.lineage.held import hold, is_released
@@ -36,6 +35,7 @@ from tasks.notices import announce_held
 from tasks.progress import advance, staged
 from tasks.references import DatasetRef, ScoredArrival
 from tasks.spec import AdaptSpec, TaskSpec, reading_the_task
+from tasks.task_schema import choose_schema, landing_of
 
 QUARANTINE_FILE = "quarantine.jsonl"
 

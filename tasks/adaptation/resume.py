@@ -20,13 +20,13 @@ from infra.run_journal import RunJournal
 from infra.store.base import ObjectStore
 from infra.store.opening import open_store
 from infra.versions import Version, Versions, require_adapter
+from tasks.adaptation.promote import is_open, is_overtaken, promote_accepted
 from tasks.adaptation.report import Findings, write_reports
 from tasks.adaptation.run import STAGE, remove_work
 from tasks.data_files import local_files
 from tasks.lineage.branch import require_no_branch
 from tasks.lineage.choices import changed_settings
 from tasks.lineage.datasets import drop_training_rows, read_manifest
-from tasks.lineage.promotion import is_open, is_overtaken, promote_accepted
 from tasks.lineage.record import read_record
 from tasks.lineage.tombstones import refuse_forgotten
 from tasks.lineage.version_files import reading_beside

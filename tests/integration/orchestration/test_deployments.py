@@ -22,7 +22,7 @@ from flows.promote import decide, reject
 from infra.promotions import Move, PromotionLog
 from infra.store.opening import open_store
 from infra.versions import Versions
-from tasks.lineage.promotion import promote_accepted
+from tasks.adaptation.promote import promote_accepted
 from tasks.notices import Notice, announce
 from tests.in_process import deal
 from tests.receiver import Receiver

@@ -15,8 +15,9 @@ from flows.promote import decide
 from infra.promotions import PromotionLog
 from infra.store.opening import open_store
 from infra.versions import Version, Versions
+from tasks.adaptation.promote import promote_accepted
 from tasks.lineage.history import find_version
-from tasks.lineage.promotion import find_left_behind, promote_accepted, promote_to, reject_version
+from tasks.lineage.promotion import find_left_behind, promote_to, reject_version
 from tests.adapting import next_parent
 from tests.in_process import deal, deal_json
 from tests.registering import register

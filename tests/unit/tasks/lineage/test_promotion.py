@@ -15,10 +15,9 @@ from infra.promotions import Move, PromotionLog
 from infra.store.format import write_format
 from infra.store.opening import open_store
 from infra.versions import Version, Versions
+from tasks.adaptation.promote import is_overtaken, promote_accepted
 from tasks.lineage.promotion import (
     find_left_behind,
-    is_overtaken,
-    promote_accepted,
     promote_to,
     reject_version,
     roll_back,

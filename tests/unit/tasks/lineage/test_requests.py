@@ -17,10 +17,10 @@ from infra.branches import Head
 from infra.lineage_state import update
 from infra.store.local import FileStore
 from tasks.adaptation.run import AdaptationRun
-from tasks.landing import _new_label_remedy, choose_schema
 from tasks.lineage.requests import Renewal, find_renewal
 from tasks.references import BaseRef, DatasetRef
 from tasks.spec import AdaptSpec, TaskSpec
+from tasks.task_schema import _new_label_remedy, choose_schema
 from tests.stored_versions import known_task, lineage_record
 
 BANK = TaskSchema(name="bank", labels=("lost card", "fee"), instruction="Which?")

@@ -16,9 +16,9 @@ from deal_core.data.source_files import files_at
 from deal_core.errors import ConfigError
 from infra.store.local import FileStore
 from infra.store.opening import open_store
-from tasks.landing import choose_schema, landing_of
 from tasks.lineage.record import KnownSlice
 from tasks.spec import TaskSpec
+from tasks.task_schema import choose_schema, landing_of
 from tests.stored_versions import known_task, put_version, version
 from tests.unit.test_stored_json import RECORD, TASKS
 
