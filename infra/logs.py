@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from contextlib import suppress
+from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,24 @@ class _Masked:
         return record
 
 
+class LogFile(WatchedFileHandler):
+    """A log file that goes on as a new file if another command renames it.
+
+    A message that cannot be written is lost, and its caller goes on: Prefect's server would not end if its last message
+    failed because the home folder is gone.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a message, if that is possible."""
+        with suppress(OSError):
+            super().emit(record)
+
+
 def ready_log(log: Path) -> Path:
     """Make a log's folder; rename a log of more than 10 MB to LOG.1, which is replaced. Return the log's path.
 
     Call this function before the log is opened. A process that has the log open still writes to the renamed log, unless
-    it writes by a `WatchedFileHandler`.
+    it writes by a `LogFile`.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     if is_full(log):

@@ -2,7 +2,7 @@
 
     pip install --editable '.[benchmarks]'
     python -m benchmarks.speed.sft_trainer
-    python -m benchmarks.speed.sft_trainer --instruction-tokens 500 --rows 8 --measurements 3 --out FILE
+    python -m benchmarks.speed.sft_trainer --instruction-tokens 500 --rows 8 --measurements 2 --out FILE
 
 The second command gives all rows one long instruction, as a system prompt is. FILE is sft_long_prompt.json.
 This project's trainer reads the instruction once a step. SFTTrainer reads it with every row, also where it packs rows

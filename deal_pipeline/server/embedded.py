@@ -21,7 +21,6 @@ from collections.abc import Mapping, MutableMapping
 from concurrent.futures import Future
 from contextlib import closing, suppress
 from contextvars import copy_context
-from logging.handlers import WatchedFileHandler
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -37,7 +36,7 @@ disable_existing_loggers: false
 formatters:
   plain: {{(): infra.logs.PlainFormatter}}
 handlers:
-  file: {{class: logging.handlers.WatchedFileHandler, filename: {filename}, formatter: plain, delay: true}}
+  file: {{class: infra.logs.LogFile, filename: {filename}, formatter: plain, delay: true}}
   api: {{class: prefect.logging.handlers.APILogHandler}}
 loggers:
   prefect: {{level: INFO}}
@@ -95,7 +94,7 @@ def enter_home(home: Path | None, *, makes_home: bool = True) -> Path:
         ConfigError: The folder cannot be used, or another release made the store (`FormatError`); nothing is written.
     """
     from infra.disk import disk_full
-    from infra.logs import PlainFormatter, ready_log
+    from infra.logs import LogFile, PlainFormatter, ready_log
     from infra.settings import HomeSettings, embedded_environment, make_places_absolute
     from infra.store.format import FormatError
     from infra.store.opening import open_store
@@ -131,7 +130,7 @@ def enter_home(home: Path | None, *, makes_home: bool = True) -> Path:
     # a command without Prefect has no other handler, and Python's default handler prints to the screen
     handler: logging.Handler = logging.NullHandler()
     if log_file.parent.is_dir():
-        handler = WatchedFileHandler(log_file, delay=True)  # goes on in the new file if another command renames it
+        handler = LogFile(log_file, delay=True)
         handler.setFormatter(PlainFormatter())
     _settle({**SETTINGS, "PREFECT_LOGGING_SETTINGS_PATH": str(logging_file), **servers, **settings}, handler)
     return folder

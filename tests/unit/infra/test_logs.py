@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -39,8 +40,10 @@ def test_commands_log_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr("infra.logs.MAX_BYTES", 3)
         logs.ready_log(log)  # as the next command does; this one, such as a watch, goes on
         FAILURES.error("label \x1b[31m")
-        assert "WatchedFileHandler" in yaml.safe_load(text)["handlers"]["file"]["class"]
-    assert (tmp_path / "logs" / "deal.log").read_text().endswith(r"label \x1b[31m" + "\n")
+        assert "LogFile" in yaml.safe_load(text)["handlers"]["file"]["class"]
+        assert (tmp_path / "logs" / "deal.log").read_text().endswith(r"label \x1b[31m" + "\n")
+        shutil.rmtree(tmp_path / "logs")
+        FAILURES.error("the folder is gone")  # the caller goes on
     assert yaml.safe_load(text)["formatters"]["plain"]["()"] == "infra.logs.PlainFormatter"
 
 
