@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -48,8 +49,8 @@ def run(words: list[str], *more: str) -> tuple[dict[str, str], str]:
     """The status of each cell by its file, in the order in which they ended, and what was printed."""
     result = CliRunner().invoke(app, [*words, *more], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    lines = [line.split(": ") for line in result.output.splitlines() if ".json: " in line]
-    return {line[0]: line[1] for line in lines}, result.output
+    # a library's progress bar may stand before the name in its line
+    return dict(re.findall(r"([\w.-]+\.json): (.+)", result.output)), result.output
 
 
 def stamps(folder: Path) -> dict[str, int]:
